@@ -1,0 +1,50 @@
+"""Weight formats: how a matrix is stored and multiplied. A new format is one file and one import here."""
+
+from flaxcompress.formats.base import (
+    DenseSpec,
+    Format,
+    Spec,
+    attend,
+    from_tensors,
+    materialize,
+    matmul,
+    matmul_flops,
+    nbytes,
+    parse_spec,
+    spec_for,
+    spec_of,
+    stored_values,
+    take,
+    take_flops,
+    to_tensors,
+)
+from flaxcompress.formats.bucketed import Bucketed, BucketedSpec, Tier
+from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank
+from flaxcompress.formats.quantized import Quantized, QuantizedSpec
+
+__all__ = [
+    "Bucketed",
+    "BucketedSpec",
+    "DenseSpec",
+    "Format",
+    "LowRank",
+    "LowRankSpec",
+    "Quantized",
+    "QuantizedSpec",
+    "Spec",
+    "Tier",
+    "attend",
+    "break_even_rank",
+    "from_tensors",
+    "materialize",
+    "matmul",
+    "matmul_flops",
+    "nbytes",
+    "parse_spec",
+    "spec_for",
+    "spec_of",
+    "stored_values",
+    "take",
+    "take_flops",
+    "to_tensors",
+]

@@ -1,0 +1,102 @@
+"""W = left · right, [n, R] · [R, m], each factor in a format of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flaxcompress.formats.base import (
+    DenseSpec,
+    Format,
+    Spec,
+    attend,
+    materialize,
+    matmul,
+    matmul_flops,
+    parse_spec,
+    register,
+    spec_of,
+    take,
+    take_flops,
+)
+
+
+def break_even_rank(n: int, m: int) -> int:
+    """The largest rank at which the factors hold fewer values than the n×m matrix: r < nm/(n + m)."""
+    return max(0, (n * m - 1) // (n + m))
+
+
+@flax.struct.dataclass
+class LowRank(Format):
+    """The rank-R matrix left · right; a table's rows are looked up in `left`."""
+
+    left: Any
+    right: Any
+
+    @property
+    def shape(self):
+        return (self.left.shape[-2], self.right.shape[-1])
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.left.shape[-1]
+
+    def spec(self):
+        return LowRankSpec(rank=self.rank, left=spec_of(self.left), right=spec_of(self.right))
+
+    def matmul(self, x):
+        return matmul(matmul(x, self.left), self.right)
+
+    def attend(self, x):
+        return attend(attend(x, self.right), self.left)
+
+    def take(self, ids):
+        return matmul(take(self.left, ids), self.right)
+
+    def materialize(self):
+        return jnp.matmul(materialize(self.left), materialize(self.right), precision=jax.lax.Precision.HIGHEST)
+
+    def matmul_flops(self):
+        return matmul_flops(self.left) + matmul_flops(self.right)
+
+    def take_flops(self):
+        return take_flops(self.left) + matmul_flops(self.right)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LowRankSpec(Spec):
+    """`rank` and the formats of the two factors."""
+
+    kind: ClassVar[str] = "low_rank"
+    rank: int
+    left: Spec = DenseSpec()
+    right: Spec = DenseSpec()
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"low_rank format: rank must be a positive integer, got {self.rank!r}")
+
+    @classmethod
+    def parse(cls, data, where):
+        spec = super().parse(data, where)
+        left, right = parse_spec(data.get("left"), f"{where}/left"), parse_spec(data.get("right"), f"{where}/right")
+        return dataclasses.replace(spec, left=left, right=right)
+
+    def to_json(self):
+        return {"kind": self.kind, "rank": self.rank, "left": self.left.to_json(), "right": self.right.to_json()}
+
+    def init(self, key, shape, initializer, *, table):
+        n, m = shape
+        left_key, right_key = jax.random.split(key)
+        # Rows of `right` with variance 1/R keep the product's variance equal to that of `left`.
+        unit = jax.nn.initializers.normal(self.rank**-0.5)
+        return LowRank(
+            left=self.left.init(left_key, (n, self.rank), initializer, table=table),
+            right=self.right.init(right_key, (self.rank, m), unit, table=False),
+        )

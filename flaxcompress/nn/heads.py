@@ -1,0 +1,38 @@
+"""What stands on top of the layers."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flaxcompress.config import ModelConfig
+from flaxcompress.formats import attend
+from flaxcompress.nn.add_norm import LayerNorm
+from flaxcompress.nn.linear import Linear
+from flaxcompress.ops import activate
+
+
+class Pooler(nn.Module):
+    """tanh of a linear map of the first token, [B, T, D] -> [B, D] (BERT's pooled output)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        width = self.config.width
+        return jnp.tanh(Linear(self.config, "pooler/dense", width, width, name="dense")(x[:, 0]))
+
+
+class MaskedLM(nn.Module):
+    """Vocabulary logits from a transform and the token table, tied, [B, T, D] -> [B, T, V], float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
+        config = self.config
+        y = Linear(config, "head/transform", config.width, config.width, name="transform")(x)
+        y = LayerNorm(config, name="norm")(activate(y, config.activation)).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (config.vocabulary,))
+        return attend(y, table).astype(jnp.float32) + bias

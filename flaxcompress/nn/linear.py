@@ -1,0 +1,62 @@
+"""A linear map whose kernel may be in any format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flaxcompress.config import ModelConfig
+from flaxcompress.formats import matmul, spec_for
+from flaxcompress.formats.base import dot
+
+INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
+
+
+class Linear(nn.Module):
+    """y = x @ kernel + bias, [*B, n] -> [*B, m].
+
+    Attributes:
+      address: where the module stands, e.g. "layers/3/attention/query"; it decides the kernel's format.
+      in_features: n.
+      features: m.
+    """
+
+    config: ModelConfig
+    address: str
+    in_features: int
+    features: int
+
+    def setup(self):
+        spec = spec_for(self.config, f"{self.address}/kernel")
+        initializer = nn.initializers.normal(self.config.initializer_range)
+        shape = (self.in_features, self.features)
+        self.kernel = self.param("kernel", lambda key: spec.init(key, shape, initializer, table=False))
+        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+
+    def record(self, x: Float[Array, "*B n"]) -> None:
+        """Keeps x in the collection "inputs" when the caller made it mutable; nothing otherwise."""
+        self.sow(INPUTS, "x", x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+    def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
+        self.record(x)
+        return matmul(x, self.kernel) + self.bias.astype(x.dtype)
+
+
+def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:
+    """Applies several linear maps to one input: in a single product when all their kernels are dense arrays."""
+    kernels = [linear.kernel for linear in linears]
+    if not all(isinstance(kernel, jax.Array) for kernel in kernels):
+        return [linear(x) for linear in linears]
+    for linear in linears:
+        linear.record(x)
+    y = dot(x, jnp.concatenate(kernels, axis=1), 0)
+    y = y + jnp.concatenate([linear.bias for linear in linears]).astype(x.dtype)
+    ends, total = [], 0
+    for linear in linears[:-1]:
+        total += linear.features
+        ends.append(total)
+    return jnp.split(y, ends, axis=-1)

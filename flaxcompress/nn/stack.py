@@ -1,0 +1,156 @@
+"""All layers: `jax.lax.scan` over the pure `Layer.apply`, each part with its own sharing map.
+
+A weight set is one leaf however often it is used, so its gradient is the sum over its uses. Layers are scanned together
+while every part stays within one run of equal weight sets (see `tree`); a part that every layer owns is sliced by the
+scan, a part with a single set is closed over, any other map gathers its set by index.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from flaxcompress import tree
+from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.nn.layer import Layer
+from flaxcompress.nn.linear import INPUTS
+
+
+class StackOutput(NamedTuple):
+    """x [B, T, D]; the input of every layer [L, B, T, D] and the attention probabilities [L, B, H, T, T] if asked."""
+
+    x: Any
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+class Segment(NamedTuple):
+    """Neighbouring layers that one scan runs over: layers [first, last), and each part's run."""
+
+    first: int
+    last: int
+    runs: dict[str, str]
+
+
+def segments(config: ModelConfig, layers: dict[str, Any]) -> list[Segment]:
+    """Cuts the layers where a part moves to another run."""
+    run_of: dict[str, dict[int, str]] = {}
+    for part in PARTS:
+        run_of[part] = {int(name) + i: name for name, run in layers[part].items() for i in range(tree.run_length(run))}
+    found: list[Segment] = []
+    for layer in range(config.layers):
+        runs = {part: run_of[part][getattr(config.sharing, part)[layer]] for part in PARTS}
+        if found and found[-1].runs == runs:
+            found[-1] = found[-1]._replace(last=layer + 1)
+        else:
+            found.append(Segment(layer, layer + 1, runs))
+    return found
+
+
+def layer_sets(config: ModelConfig, layer: int) -> tuple[int, int, int]:
+    """The weight sets that `layer` uses, in the order of PARTS."""
+    attention, feed_forward, norms = (getattr(config.sharing, part)[layer] for part in PARTS)
+    return attention, feed_forward, norms
+
+
+def layer_params(config: ModelConfig, layers: dict[str, Any], layer: int) -> dict[str, Any]:
+    """The parameters of one layer, taken out of the stacked tree."""
+    params = {}
+    for part in PARTS:
+        number = getattr(config.sharing, part)[layer]
+        first = max(int(name) for name in layers[part] if int(name) <= number)
+        params[part] = jax.tree.map(lambda leaf, i=number - first: leaf[i], layers[part][tree.run_name(first)])
+    return params
+
+
+def init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """The stacked parameters of all weight sets, `params["layers"]`."""
+    x = jnp.zeros((1, 1, config.width))
+    flat: dict[str, Any] = {}
+    for index, part in enumerate(PARTS):
+        for number in range(config.sharing.sets(part)):
+            sets = tuple(number if i == index else 0 for i in range(len(PARTS)))
+            layer_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
+            one = Layer(config, sets, parent=None).init(layer_key, x)["params"][part]  # pyright: ignore[reportIndexIssue]
+            flat.update(tree.walk(one, f"layers/{number}/{part}"))
+    return tree.unflatten(flat)["layers"]
+
+
+class Stack(nn.Module):
+    """Runs L layers. Dropout in layer l draws from fold_in(key, l)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+        need_hidden_states: bool = False,
+        need_attentions: bool = False,
+    ) -> StackOutput:
+        config = self.config
+        if self.is_initializing():
+            layers = init_layers(config, self.make_rng("params"))
+            for part in PARTS:
+                self.put_variable("params", part, layers[part])
+        else:
+            layers = {part: self.get_variable("params", part) for part in PARTS}
+        dropout_key = None if deterministic else self.make_rng("dropout")
+        hidden, attentions = [], []
+        for segment in segments(config, layers):
+            x, outputs = self._scan(segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions)
+            hidden.append(outputs[0])
+            attentions.append(outputs[1])
+            if self.is_mutable_collection(INPUTS):
+                self.sow(INPUTS, f"segment_{segment.first:03d}", outputs[2])
+        return StackOutput(
+            x,
+            jnp.concatenate(hidden) if need_hidden_states else None,
+            jnp.concatenate(attentions) if need_attentions else None,
+        )
+
+    def _scan(self, segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions):
+        config = self.config
+        first, last, runs = segment
+        module = Layer(config, layer_sets(config, first), parent=None)
+        recording = self.is_mutable_collection(INPUTS)
+        scanned, picked, closed = {}, {}, {}
+        for part in PARTS:
+            run = layers[part][runs[part]]
+            local = [number - int(runs[part]) for number in getattr(config.sharing, part)[first:last]]
+            if tree.run_length(run) == 1:
+                closed[part] = jax.tree.map(lambda leaf: leaf[0], run)
+            elif local == list(range(tree.run_length(run))):
+                scanned[part] = run
+            else:
+                picked[part] = (run, jnp.asarray(local))
+
+        def body(x, step):
+            number, slices, indices = step
+            params = {**closed, **slices}
+            for part, (run, _) in picked.items():
+                params[part] = jax.tree.map(lambda leaf, i=indices[part]: leaf[i], run)
+            rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, number)}
+            (y, probabilities), recorded = module.apply(
+                {"params": params},
+                x,
+                mask,
+                deterministic=dropout_key is None,
+                need_probabilities=need_attentions,
+                rngs=rngs,
+                mutable=[INPUTS] if recording else [],
+            )
+            return y, (x if need_hidden_states else None, probabilities, recorded)
+
+        steps = (jnp.arange(first, last), scanned, {part: local for part, (_, local) in picked.items()})
+        if last - first > 1:
+            return jax.lax.scan(body, x, steps)
+        one, outputs = body(x, jax.tree.map(lambda leaf: leaf[0], steps))
+        return one, jax.tree.map(lambda leaf: leaf[None], outputs)

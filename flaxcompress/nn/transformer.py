@@ -1,0 +1,62 @@
+"""The whole network: embeddings, layers, pooler and head, as `ModelConfig` says."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from flaxcompress.config import ModelConfig
+from flaxcompress.nn.embedding import Embedding
+from flaxcompress.nn.heads import MaskedLM, Pooler
+from flaxcompress.nn.stack import Stack
+
+
+class TransformerOutput(NamedTuple):
+    """Fields that were not asked for, or that the structure lacks, are None."""
+
+    last_hidden_state: Float[Array, "B T D"]
+    pooled: Any = None
+    logits: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+class Transformer(nn.Module):
+    """[B, T] token ids -> `TransformerOutput`; computes in `dtype`, norms and softmax in float32."""
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Integer[Array, "B T"],
+        mask: Bool[Array, "B T"] | None = None,
+        segments: Integer[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+        need_hidden_states: bool = False,
+        need_attentions: bool = False,
+        need_logits: bool = True,
+    ) -> TransformerOutput:
+        config = self.config
+        embedding = Embedding(config, self.dtype, name="embedding")
+        x = embedding(ids, segments, deterministic=deterministic)
+        out = Stack(config, name="layers")(
+            x,
+            mask,
+            deterministic=deterministic,
+            need_hidden_states=need_hidden_states,
+            need_attentions=need_attentions,
+        )
+        hidden = None
+        if need_hidden_states:
+            hidden = jnp.concatenate([out.hidden_states, out.x[None]])
+        pooled = Pooler(config, name="pooler")(out.x) if config.pooler else None
+        logits = None
+        if config.head == "masked_lm" and (need_logits or self.is_initializing()):
+            logits = MaskedLM(config, name="head")(out.x, embedding.token)
+        return TransformerOutput(out.x, pooled, logits, hidden, out.attentions)

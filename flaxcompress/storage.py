@@ -1,0 +1,201 @@
+"""Tensors on disk: safetensors checked before use, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WEIGHTS = "model.safetensors"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises ValueError naming the file when it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: model.safetensors, or the shards that its index names.
+
+    Raises FileNotFoundError when there are none (with a conversion hint beside pickles), ValueError when the index is
+    damaged or names a file outside the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        data = read_json(index)
+        shards = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index}: has no weight_map")
+        files = []
+        for name in sorted({str(s) for s in shards.values()}):
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"{index}: names {name!r}, which lies outside the folder; refused")
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{index}: names {name!r}, which does not exist")
+            files.append(folder / name)
+        return files
+    for name in _PICKLES:
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name}: pickled weights are never read, since unpickling runs code; convert once with "
+                "transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
+            )
+    raise FileNotFoundError(f"{folder}: no {WEIGHTS} (or its index) in this folder")
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of one or several safetensors files by name, each read when asked for."""
+
+    def __init__(self, files: list[Path]):
+        from safetensors import SafetensorError, safe_open
+
+        self._where: dict[str, Any] = {}
+        self._checksums: dict[str, int] = {}
+        self._path: dict[str, Path] = {}
+        for path in files:
+            _check_size(path)
+            try:
+                handle = safe_open(path, "numpy")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+            metadata = handle.metadata() or {}
+            self._checksums |= json.loads(metadata.get("flaxcompress.crc32", "{}"))
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
+                self._where[name] = handle
+                self._path[name] = path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Reads one tensor. Raises ValueError when it is damaged or holds values that are not finite."""
+        array = self._where[name].get_tensor(name)
+        if name in self._checksums and checksum(array) != self._checksums[name]:
+            raise ValueError(f"{self._path[name]}: tensor {name!r} does not match its checksum: the file is damaged")
+        if array.dtype.kind not in "iub" and not np.isfinite(array.astype(np.float32)).all():
+            bad = int((~np.isfinite(array.astype(np.float32))).sum())
+            raise ValueError(f"{self._path[name]}: tensor {name!r} holds {bad} values that are not finite")
+        return array
+
+
+def _check_size(path: Path) -> None:
+    """A truncated file is said to be truncated; the library's own message is about an invalid header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) == 8:
+            length = struct.unpack("<Q", start)[0]
+            if length + 8 > size:
+                raise ValueError(
+                    f"{path}: truncated or not a safetensors file ({size} bytes, header needs {length + 8})"
+                )
+
+
+def checksum(array: np.ndarray) -> int:
+    """crc32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file that PyTorch reads, with a checksum of every tensor in its metadata."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    sums = json.dumps({name: checksum(array) for name, array in arrays.items()})
+    save_file(arrays, path, metadata={"format": "pt", "flaxcompress.crc32": sums})
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raises ValueError when `path` must not be written: it exists and is not empty, or cannot be created."""
+    path = Path(path)
+    if path.exists():
+        if not path.is_dir():
+            raise ValueError(f"{path}: exists and is not a folder; choose another output")
+        if any(path.iterdir()) and not overwrite:
+            raise ValueError(f"{path}: exists and is not empty; choose another output or add --overwrite")
+    parent = next(p for p in [path.absolute().parent, *path.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{path}: {parent} cannot be written to; choose another output")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` that replaces it when the block ends well, and vanishes when it does not.
+
+    Raises ValueError as `check_output` does, and for a failed write (a full disk) with the system's reason.
+    """
+    path = Path(path)
+    check_output(path, overwrite=overwrite)
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+    try:
+        yield work
+        work.chmod(0o755)
+        _sync(work)
+        _replace(work, path, overwrite)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _replace(work: Path, path: Path, overwrite: bool) -> None:
+    check_output(path, overwrite=overwrite)
+    if not path.exists():
+        work.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent))
+    old.rmdir()
+    path.rename(old)
+    try:
+        work.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes small files, creating sub-folders."""
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            target.write_text(content, "utf-8")
+
+
+Reader = Callable[[str], np.ndarray]

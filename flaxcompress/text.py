@@ -1,0 +1,272 @@
+"""Assets: the tokenizer, the pooling and the length limit that belong to a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxcompress.config import closest
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "added_tokens.json",
+)
+POOLING_MODES = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """How token vectors become a sentence vector: "mean", "cls" or "max", then unit length if `normalize`."""
+
+    mode: str = "mean"
+    normalize: bool = False
+
+    def __post_init__(self):
+        if self.mode not in POOLING_MODES.values():
+            raise ValueError(f"pooling: unknown mode {self.mode!r}; {closest(self.mode, POOLING_MODES.values())}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of some texts, special tokens included, and how many texts were cut at the limit."""
+
+    ids: list[list[int]]
+    truncated: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assets:
+    """What a checkpoint carries besides weights. Equal, and hashed, by content, so that jit does not retrace.
+
+    Attributes:
+      files: (name, bytes) of the tokenizer's files, copied into every saved folder.
+      pooling: from sentence-transformers' modules.json; None where the source had none (`encode` then takes the mean).
+      max_length: tokens per text, special tokens included.
+      source: where the checkpoint came from, for the model card.
+      licence: the source's licence, for the model card.
+    """
+
+    files: tuple[tuple[str, bytes], ...] = ()
+    pooling: Pooling | None = None
+    max_length: int = 512
+    source: str = ""
+    licence: str = ""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the content."""
+        head = [self.pooling and dataclasses.astuple(self.pooling), self.max_length, self.source, self.licence]
+        digest = hashlib.sha256(json.dumps(head).encode())
+        for name, content in self.files:
+            digest.update(name.encode() + b"\0" + content)
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Assets) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def file(self, name: str) -> bytes | None:
+        """The content of one tokenizer file, or None."""
+        return dict(self.files).get(name)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether texts can be tokenized at all."""
+        return self.file("tokenizer.json") is not None or self.file("vocab.txt") is not None
+
+    def tokenize(self, texts: Sequence[str]) -> TokenBatch:
+        """Token ids of `texts`, cut at `max_length`.
+
+        Raises ValueError when the checkpoint has no tokenizer, TypeError when a text is not a string.
+        """
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {number} is {type(text).__name__}, not a string: {text!r:.80}")
+        tokenizer = _live_tokenizer(self)
+        try:
+            encodings = tokenizer.encode_batch_fast(list(texts))
+        except (UnicodeEncodeError, TypeError):
+            bad = next(n for n, text in enumerate(texts) if text.encode("utf-8", "replace") != _encoded(text))
+            raise ValueError(f"text {bad} is not valid Unicode: {texts[bad]!r:.80}") from None
+        return TokenBatch([e.ids for e in encodings], sum(bool(e.overflowing) for e in encodings))
+
+
+def _encoded(text: str) -> bytes | None:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _live_tokenizer(assets: Assets):
+    return make_tokenizer(assets.files, assets.max_length)
+
+
+def make_tokenizer(files: Sequence[tuple[str, bytes]], max_length: int):
+    """The `tokenizers.Tokenizer` of these files; truncation and padding embedded in tokenizer.json are ignored.
+
+    A folder with only a vocab.txt gets BERT's WordPiece, lower-casing as tokenizer_config.json says (default true).
+    """
+    import tokenizers
+
+    content = dict(files)
+    if "tokenizer.json" in content:
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(content["tokenizer.json"].decode("utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"tokenizer.json cannot be read: {error}") from None
+    elif "vocab.txt" in content:
+        tokenizer = _word_piece(content)
+    else:
+        raise ValueError("the checkpoint has no tokenizer: put tokenizer.json or vocab.txt beside its config.json")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+def _word_piece(content: dict[str, bytes]):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {line: i for i, line in enumerate(content["vocab.txt"].decode("utf-8").splitlines())}
+    options = json.loads(content.get("tokenizer_config.json", b"{}"))
+    unknown, cls, sep = (
+        _token(options.get(name), default)
+        for name, default in (("unk_token", "[UNK]"), ("cls_token", "[CLS]"), ("sep_token", "[SEP]"))
+    )
+    for token in (unknown, cls, sep):
+        if token not in vocabulary:
+            raise ValueError(f"vocab.txt has no {token!r} among its {len(vocabulary)} entries: not a BERT vocabulary?")
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=options.get("do_lower_case", True),
+        strip_accents=options.get("strip_accents"),
+        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.BertProcessing((sep, vocabulary[sep]), (cls, vocabulary[cls]))
+    special = {_token(options.get(f"{n}_token"), f"[{n.upper()}]") for n in ("unk", "cls", "sep", "pad", "mask")}
+    tokenizer.add_special_tokens(sorted(special & set(vocabulary)))
+    return tokenizer
+
+
+def _token(value: Any, default: str) -> str:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value or default
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_pooling(folder: Path) -> Pooling | None:
+    """sentence-transformers' modules.json and the pooling folder it names; None when there is no modules.json."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return None
+    mode, normalize = "mean", False
+    for module in _json(modules):
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if kind == "Transformer":
+            continue
+        if kind == "Normalize":  # its folder may be absent: it holds nothing
+            normalize = True
+        elif kind == "Pooling":
+            path = folder / str(module.get("path", "")) / "config.json"
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: modules.json names it, but it does not exist")
+            mode = _pooling_mode(path)
+        else:
+            raise ValueError(f"{modules}: module {kind!r} is not supported; known: Transformer, Pooling, Normalize")
+    return Pooling(mode, normalize)
+
+
+def _pooling_mode(path: Path) -> str:
+    options = _json(path)
+    if isinstance(options.get("pooling_mode"), str):
+        chosen = [options["pooling_mode"]]
+    else:
+        chosen = [k for k, v in options.items() if k.startswith("pooling_mode_") and v]
+    modes = [POOLING_MODES.get(c, c) for c in chosen]
+    if len(modes) != 1 or modes[0] not in POOLING_MODES.values():
+        raise ValueError(f"{path}: pooling {chosen} is not supported; one of {', '.join(POOLING_MODES)} must be set")
+    return modes[0]
+
+
+def read_assets(folder: Path, *, positions: int, source: str) -> Assets:
+    """The assets of a Hugging Face (or sentence-transformers) folder.
+
+    The length limit is `max_seq_length` of sentence_bert_config.json, else the number of positions.
+    """
+    files = tuple((n, (folder / n).read_bytes()) for n in TOKENIZER_FILES if (folder / n).is_file())
+    limit = positions
+    sentence_config = folder / "sentence_bert_config.json"
+    if sentence_config.is_file():
+        limit = min(int(_json(sentence_config).get("max_seq_length") or positions), positions)
+    return Assets(files=files, pooling=read_pooling(folder), max_length=limit, source=source, licence=_licence(folder))
+
+
+def _licence(folder: Path) -> str:
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    lines = card.read_text("utf-8", "replace").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return ""
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        if line.startswith("license:"):
+            return line.split(":", 1)[1].strip()
+    return ""
+
+
+def sentence_transformers_files(assets: Assets, width: int) -> dict[str, str]:
+    """{path: text} of modules.json and what it names, for a saved folder; empty when the source had no pooling."""
+    if assets.pooling is None:
+        return {}
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if assets.pooling.normalize:
+        kinds.append(("2_Normalize", "Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    options = {"word_embedding_dimension": width}
+    options |= {key: mode == assets.pooling.mode for key, mode in POOLING_MODES.items()}
+    return {
+        "modules.json": json.dumps(modules, indent=2),
+        "1_Pooling/config.json": json.dumps(options, indent=2),
+        "sentence_bert_config.json": json.dumps({"max_seq_length": assets.max_length, "do_lower_case": False}),
+    }
+
+
+def pad_ids(rows: Sequence[Sequence[int]], length: int, count: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """ids [count, length] int32 and mask [count, length] bool; rows beyond the given ones are all padding."""
+    ids = np.full((count, length), pad, np.int32)
+    mask = np.zeros((count, length), bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return ids, mask
