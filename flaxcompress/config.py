@@ -166,7 +166,11 @@ class ModelConfig:
 
     def with_format(self, address: str, spec: Mapping[str, Any]) -> ModelConfig:
         """Puts a rule for exactly `address` first, in place of an earlier exact one."""
-        rule = FormatRule(pattern=re.escape(address).replace(r"\-", "-"), spec=spec)
+        return self.with_rule(re.escape(address).replace(r"\-", "-"), spec)
+
+    def with_rule(self, pattern: str, spec: Mapping[str, Any]) -> ModelConfig:
+        """Puts a format rule first, in place of an earlier one of the same pattern."""
+        rule = FormatRule(pattern=pattern, spec=spec)
         rest = tuple(r for r in self.formats if r.pattern != rule.pattern)
         return self.replace(formats=(rule, *rest))
 

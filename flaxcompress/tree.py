@@ -67,7 +67,8 @@ def _index(leaf: Any, i: int) -> Any:
     return leaf[i]
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{address: matrix} -> nested dicts, without stacking."""
     tree: dict[str, Any] = {}
     for address, node in flat.items():
         *path, last = address.split("/")
@@ -94,7 +95,7 @@ def stack(trees: list[Any]) -> Any:
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{address: matrix} -> stacked tree. Neighbouring weight sets of equal signature form one run."""
-    tree = _nest(flat)
+    tree = nest(flat)
     if "layers" not in tree:
         return tree
     by_part: dict[str, dict[int, Any]] = {}

@@ -1,0 +1,383 @@
+"""The PyTorch side of a folder that flaxcompress saved; needs torch and transformers only.
+
+    AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+
+`config.flaxcompress` holds the structure, and the rules that give every matrix its storage format. Parameters are named
+as in model.safetensors: "embedding/norm/scale" is a tensor of the model itself, "embedding/token.left.values" one of
+the module "embedding/token". A matrix is a *kernel* [n, m] (multiplied: x @ W) or a *table* [V, D] (rows looked up).
+A new format is one class (or function) and one entry in `KINDS`.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+
+
+class FlaxCompressConfig(PretrainedConfig):
+    """Holds flaxcompress's own config, a JSON object, under the key `flaxcompress`."""
+
+    model_type = "flaxcompress"
+
+    def __init__(self, flaxcompress=None, **kwargs):
+        self.flaxcompress = flaxcompress or {}
+        super().__init__(**kwargs)
+
+
+# ── weight formats ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def build(spec, shape, table):
+    """An empty matrix of `shape` in the format that the JSON object `spec` describes; None is dense.
+
+    The result is a parameter (a dense matrix) or a module with `forward(x)`, `attend(x)` and `take(ids)`; call them
+    through the functions `matmul`, `attend` and `take`.
+    """
+    spec = spec or {"kind": "dense"}
+    if spec["kind"] not in KINDS:
+        raise ValueError(f"format {spec['kind']!r} is not among {sorted(KINDS)}: the folder needs a newer flaxcompress")
+    return KINDS[spec["kind"]](spec, shape, table)
+
+
+def matmul(x, w):
+    """x @ W, in x's dtype."""
+    return x @ w.to(x.dtype) if isinstance(w, torch.Tensor) else w(x)
+
+
+def attend(x, w):
+    """x @ Wᵀ, in x's dtype."""
+    return x @ w.to(x.dtype).T if isinstance(w, torch.Tensor) else w.attend(x)
+
+
+def take(w, ids):
+    """The rows `ids` of a table, in float32."""
+    return F.embedding(ids, w).float() if isinstance(w, torch.Tensor) else w.take(ids)
+
+
+def stored(dtype):
+    """The storage dtype of a name; None (whatever dtype the model is loaded in) for float32."""
+    return None if dtype == "float32" else getattr(torch, dtype)
+
+
+def unpack(packed, bits, count):
+    """The first `count` codes of every row of bytes, int32; the first code lies in the lowest bits."""
+    per_word = {2: 4, 3: 8, 4: 2}[bits]
+    n_bytes = per_word * bits // 8
+    parts = packed.unflatten(-1, (-1, n_bytes)).to(torch.int32)
+    words = sum(parts[..., i] << (8 * i) for i in range(n_bytes))
+    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(per_word)], -1)
+    return codes.flatten(-2)[..., :count]
+
+
+def packed_width(count, bits):
+    """Bytes that `count` codes take in one row."""
+    per_word = {2: 4, 3: 8, 4: 2, 8: 1}[bits]
+    return -(-count // per_word) * per_word * bits // 8
+
+
+def dense(spec, shape, table):
+    """A plain tensor, stored in the spec's dtype."""
+    return nn.Parameter(torch.zeros(shape, dtype=stored(spec.get("dtype", "float32"))))
+
+
+class LowRank(nn.Module):
+    """W = left @ right, [n, R] · [R, m], never multiplied out; each factor in a format of its own."""
+
+    def __init__(self, spec, shape, table):
+        super().__init__()
+        n, m = shape
+        self.left = build(spec.get("left"), (n, spec["rank"]), table)
+        self.right = build(spec.get("right"), (spec["rank"], m), False)
+
+    def forward(self, x):
+        return matmul(matmul(x, self.left), self.right)
+
+    def attend(self, x):
+        return attend(attend(x, self.right), self.left)
+
+    def take(self, ids):
+        return matmul(take(self.left, ids), self.right)
+
+
+OFFSETS = {8: 0.0, 4: 8.0, 3: 3.5, 2: 1.5}  # code - level, by bits
+
+
+class Quantized(nn.Module):
+    """Integers times scales, w = (code - offset)·scale, one scale per group of neighbours in a row.
+
+    Rows are the outputs of a kernel (so W is rowsᵀ) or the rows of a table; 8 bits are int8, fewer are packed.
+    """
+
+    def __init__(self, spec, shape, table):
+        super().__init__()
+        self.bits, self.group, self.table = spec.get("bits", 8), spec.get("group"), table
+        rows, self.columns = shape if table else shape[::-1]
+        groups = -(-self.columns // self.group) if self.group else 1
+        integer = torch.int8 if self.bits == 8 else torch.uint8
+        self.register_buffer("values", torch.zeros(rows, packed_width(self.columns, self.bits), dtype=integer))
+        self.scale = nn.Parameter(torch.zeros(rows, groups, dtype=getattr(torch, spec.get("scale_dtype", "float16"))))
+
+    def dequantize(self, values, scale):
+        codes = values if self.bits == 8 else unpack(values, self.bits, self.columns)
+        scale = scale.float()
+        if self.group:
+            scale = scale.repeat_interleave(self.group, -1)[..., : self.columns]
+        return (codes.float() - OFFSETS[self.bits]) * scale
+
+    def rows(self, dtype):
+        return self.dequantize(self.values, self.scale).to(dtype)
+
+    def forward(self, x):
+        rows = self.rows(x.dtype)
+        return x @ (rows if self.table else rows.T)
+
+    def attend(self, x):
+        rows = self.rows(x.dtype)
+        return x @ (rows.T if self.table else rows)
+
+    def take(self, ids):
+        if not self.table:
+            return F.embedding(ids, self.rows(torch.float32).T)
+        return self.dequantize(F.embedding(ids, self.values), F.embedding(ids, self.scale))
+
+
+class Bucketed(nn.Module):
+    """A table whose rows fall into tiers, each tier a table in a format of its own.
+
+    `assignment` holds each row's tier, packed; a tier's table holds its rows in the order of their ids.
+    """
+
+    def __init__(self, spec, shape, table):
+        super().__init__()
+        self.rows, self.sizes = shape[0], [tier["rows"] for tier in spec["tiers"]]
+        self.bits = 2 if len(self.sizes) <= 4 else 4
+        self.tiers = nn.Module()  # children "0", "1", …: parameters or modules
+        for number, tier in enumerate(spec["tiers"]):
+            setattr(self.tiers, str(number), build(tier["format"], (tier["rows"], shape[1]), True))
+        self.register_buffer("assignment", torch.zeros(packed_width(self.rows, self.bits), dtype=torch.uint8))
+
+    def tables(self):
+        """(first place, size, table) of every tier when the tables are laid end to end."""
+        start = 0
+        for number, size in enumerate(self.sizes):
+            yield start, size, getattr(self.tiers, str(number))
+            start += size
+
+    def places(self):
+        """[V]: where each id's row lies in the tables laid end to end."""
+        tier = unpack(self.assignment, self.bits, self.rows)
+        places = torch.zeros_like(tier, dtype=torch.int64)
+        for number, (start, _, _) in enumerate(self.tables()):
+            mine = tier == number
+            places = torch.where(mine, start + mine.cumsum(0) - 1, places)
+        return places
+
+    def attend(self, x):
+        return torch.cat([attend(x, table) for _, _, table in self.tables()], -1)[..., self.places()]
+
+    def take(self, ids):
+        place = F.embedding(ids, self.places()[:, None])[..., 0]
+        out = 0.0
+        for start, size, table in self.tables():
+            row = place - start
+            mine = (row >= 0) & (row < size)
+            out = out + torch.where(mine[..., None], take(table, row.clamp(0, size - 1)), 0.0)
+        return out
+
+
+KINDS = {"dense": dense, "low_rank": LowRank, "quantized": Quantized, "bucketed": Bucketed}
+
+
+# ── the network ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class FlaxCompressModel(PreTrainedModel):
+    """A BERT-like encoder whose matrices may be in any format and whose layers may share weight sets.
+
+    Made from a config alone, its weights are zeros: they come from a saved folder.
+    """
+
+    config_class = FlaxCompressConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = self.structure = config.flaxcompress
+        width, inner = c["width"], c["feed_forward_width"]
+        self._table("embedding/token", c["vocabulary"])
+        self._table("embedding/position", c["positions"])
+        if c["segments"]:
+            self._table("embedding/segment", c["segments"])
+        self._norm("embedding/norm")
+        sets = {part: range(max(numbers) + 1) for part, numbers in c["sharing"].items()}
+        for number in sets["attention"]:
+            for name in ("query", "key", "value", "output"):
+                self._linear(f"layers/{number}/attention/{name}", width, width)
+        for number in sets["feed_forward"]:
+            self._linear(f"layers/{number}/feed_forward/up", width, inner)
+            self._linear(f"layers/{number}/feed_forward/down", inner, width)
+        for number in sets["norms"]:
+            self._norm(f"layers/{number}/norms/attention")
+            self._norm(f"layers/{number}/norms/feed_forward")
+        if c["pooler"]:
+            self._linear("pooler/dense", width, width)
+        if c["head"] == "masked_lm":  # the plain model keeps the head too, so that saving it loses nothing
+            self._linear("head/transform", width, width)
+            self._norm("head/norm")
+            self._vector("head/bias", c["vocabulary"])
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As in transformers, but a tensor that the folder lacks is an error: there is nothing to put in its place."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{args[0] if args else cls.__name__}: {len(missing)} tensors are missing: {missing[:4]}")
+        return (model, info) if output_loading_info else model
+
+    def _matrix(self, address, shape, table):
+        rules = self.structure["formats"]
+        spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, address)), None)
+        setattr(self, address, build(spec, shape, table))
+
+    def _table(self, address, rows):
+        self._matrix(address, (rows, self.structure["width"]), True)
+
+    def _vector(self, address, size, value=0.0):
+        setattr(self, address, nn.Parameter(torch.full((size,), value)))
+
+    def _linear(self, address, n, m):
+        self._matrix(f"{address}/kernel", (n, m), False)
+        self._vector(f"{address}/bias", m)
+
+    def _norm(self, address):
+        self._vector(f"{address}/scale", self.structure["width"], 1.0)
+        self._vector(f"{address}/bias", self.structure["width"])
+
+    def weight(self, address):
+        """The parameter or module at an address."""
+        return getattr(self, address)
+
+    def linear(self, x, address):
+        """x @ kernel + bias, [*B, n] -> [*B, m]."""
+        return matmul(x, self.weight(f"{address}/kernel")) + self.weight(f"{address}/bias").to(x.dtype)
+
+    def norm(self, x, address):
+        """Layer normalisation over the last axis, computed in float32, returned in x's dtype."""
+        scale, bias = self.weight(f"{address}/scale").float(), self.weight(f"{address}/bias").float()
+        return F.layer_norm(x.float(), scale.shape, scale, bias, self.structure["norm_epsilon"]).to(x.dtype)
+
+    def drop(self, x):
+        """Dropout between sub-layers, while training."""
+        return F.dropout(x, self.structure["dropout"], self.training)
+
+    def embed(self, ids, segments):
+        """[B, T] ids -> [B, T, D] in the model's dtype."""
+        x = take(self.weight("embedding/token"), ids)
+        x = x + take(self.weight("embedding/position"), torch.arange(ids.shape[1], device=ids.device))
+        if self.structure["segments"]:
+            x = x + take(self.weight("embedding/segment"), torch.zeros_like(ids) if segments is None else segments)
+        return self.drop(self.norm(x, "embedding/norm").to(self.weight("embedding/norm/scale").dtype))
+
+    def attention(self, x, mask, address, need_probabilities):
+        """Multi-head self-attention and, when asked for, its probabilities [B, H, T, S]; mask is [B, 1, 1, S]."""
+        heads, dropout = self.structure["heads"], self.structure["attention_dropout"] if self.training else 0.0
+        query, key, value = (
+            self.linear(x, f"{address}/{name}").unflatten(-1, (heads, -1)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
+        # A row without any key would be 0/0: it sees every key, and its result is zeroed.
+        some = mask.any(-1, keepdim=True)
+        allowed = mask | ~some
+        if need_probabilities:
+            scores = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).float()
+            probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1) * some
+            y = F.dropout(probabilities, dropout).to(x.dtype) @ value
+        else:
+            probabilities = None
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout) * some
+        return self.linear(y.transpose(1, 2).flatten(-2), f"{address}/output"), probabilities
+
+    def encode(self, ids, mask, segments, output_hidden_states, output_attentions):
+        """All layers and the pooler; None for an output means what the config says."""
+        c = self.structure
+        if ids.shape[1] > c["positions"]:
+            raise ValueError(f"input_ids: {ids.shape[1]} tokens, but the model has {c['positions']} positions")
+        for name, given in (("attention_mask", mask), ("token_type_ids", segments)):
+            if given is not None and given.shape != ids.shape:
+                raise ValueError(f"{name}: shape {list(given.shape)} differs from input_ids' {list(ids.shape)}")
+        mask = (torch.ones_like(ids) if mask is None else mask).ne(0)[:, None, None, :]
+        need_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        need_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        x = self.embed(ids, segments)
+        states, attentions = (x,), ()
+        for layer in range(c["layers"]):
+            at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
+            y, probabilities = self.attention(x, mask, at["attention"], need_attentions)
+            x = self.norm(x + self.drop(y), f"{at['norms']}/attention")
+            y = ACTIVATIONS[c["activation"]](self.linear(x, f"{at['feed_forward']}/up"))
+            y = self.linear(y, f"{at['feed_forward']}/down")
+            x = self.norm(x + self.drop(y), f"{at['norms']}/feed_forward")
+            states += (x,) if need_states else ()
+            attentions += (probabilities,)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x,
+            pooler_output=torch.tanh(self.linear(x[:, 0], "pooler/dense")) if c["pooler"] else None,
+            hidden_states=states if need_states else None,
+            attentions=attentions if need_attentions else None,
+        )
+
+    def _answer(self, out, return_dict):
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """[B, T] token ids -> last_hidden_state [B, T, D], and pooler_output [B, D] where the model has a pooler."""
+        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        return self._answer(out, return_dict)
+
+
+class FlaxCompressForMaskedLM(FlaxCompressModel):
+    """Vocabulary logits [B, T, V], float32, from a transform and the token table (tied)."""
+
+    def __init__(self, config):
+        if config.flaxcompress["head"] != "masked_lm":
+            raise ValueError(f"this folder holds no masked-LM head (its head is {config.flaxcompress['head']!r})")
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        labels=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss over those that are not -100."""
+        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        y = self.linear(out.last_hidden_state, "head/transform")
+        y = self.norm(ACTIVATIONS[self.structure["activation"]](y), "head/norm")
+        logits = attend(y, self.weight("embedding/token")).float() + self.weight("head/bias").float()
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        out = MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
+        return self._answer(out, return_dict)

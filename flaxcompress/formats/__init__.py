@@ -1,5 +1,6 @@
 """Weight formats: how a matrix is stored and multiplied. A new format is one file and one import here."""
 
+from flaxcompress.formats.banded import Banded, BandedSpec
 from flaxcompress.formats.base import (
     DenseSpec,
     Format,
@@ -19,13 +20,17 @@ from flaxcompress.formats.base import (
     to_tensors,
 )
 from flaxcompress.formats.bucketed import Bucketed, BucketedSpec, Tier
+from flaxcompress.formats.fake_quantized import FakeQuantized, thaw
 from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank
 from flaxcompress.formats.quantized import Quantized, QuantizedSpec
 
 __all__ = [
+    "Banded",
+    "BandedSpec",
     "Bucketed",
     "BucketedSpec",
     "DenseSpec",
+    "FakeQuantized",
     "Format",
     "LowRank",
     "LowRankSpec",
@@ -46,5 +51,6 @@ __all__ = [
     "stored_values",
     "take",
     "take_flops",
+    "thaw",
     "to_tensors",
 ]

@@ -110,6 +110,14 @@ def spec_for(config: ModelConfig, address: str) -> Spec:
     return parse_spec(config.format_rule(address), address)
 
 
+def vector_init(config: ModelConfig, address: str, initializer: Initializer) -> Initializer:
+    """An initializer for a bias or a norm's scale: `initializer`, stored in the dtype of the address's rule."""
+    spec = spec_for(config, address)
+    if not isinstance(spec, DenseSpec):
+        raise ValueError(f"{address}: a vector can only be stored dense, not as {spec.kind!r}")
+    return lambda key, shape, dtype=jnp.float32: initializer(key, shape, jnp.float32).astype(spec.dtype)
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class DenseSpec(Spec):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
+from flaxcompress.formats.base import vector_init
 from flaxcompress.ops import layer_norm
 
 
@@ -14,12 +15,15 @@ class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, computed in float32, returned in `dtype`."""
 
     config: ModelConfig
+    address: str
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (self.config.width,))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.config.width,))
+        shape = (self.config.width,)
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        scale = self.param("scale", vector_init(self.config, f"{self.address}/scale", ones), shape)
+        bias = self.param("bias", vector_init(self.config, f"{self.address}/bias", zeros), shape)
         return layer_norm(x, scale, bias, epsilon=self.config.norm_epsilon).astype(self.dtype)
 
 
@@ -27,8 +31,9 @@ class Norms(nn.Module):
     """The norms of one layer, one weight set: they are shared (or not) apart from the matrices."""
 
     config: ModelConfig
+    address: str
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.attention = LayerNorm(self.config, self.dtype)
-        self.feed_forward = LayerNorm(self.config, self.dtype)
+        self.attention = LayerNorm(self.config, f"{self.address}/attention", self.dtype)
+        self.feed_forward = LayerNorm(self.config, f"{self.address}/feed_forward", self.dtype)

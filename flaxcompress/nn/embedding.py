@@ -9,10 +9,14 @@ from jaxtyping import Array, Float, Integer
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
 from flaxcompress.nn.add_norm import LayerNorm
+from flaxcompress.nn.linear import weight
 
 
 class Embedding(nn.Module):
-    """[B, T] ids -> [B, T, D] in `dtype`. Ids outside a table read its nearest row; `Model` checks them beforehand."""
+    """[B, T] ids -> [B, T, D] in `dtype`; `vectors` stand in for the token table's rows when given.
+
+    Ids outside a table read its nearest row; `Model` checks them beforehand.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
@@ -23,12 +27,12 @@ class Embedding(nn.Module):
         def table(name, rows):
             spec = spec_for(config, f"embedding/{name}")
             initializer = nn.initializers.normal(config.initializer_range)
-            return self.param(name, lambda key: spec.init(key, (rows, config.width), initializer, table=True))
+            return weight(self, name, lambda key: spec.init(key, (rows, config.width), initializer, table=True))
 
         self.token = table("token", config.vocabulary)
         self.position = table("position", config.positions)
         self.segment = table("segment", config.segments) if config.segments else None
-        self.norm = LayerNorm(config, self.dtype)
+        self.norm = LayerNorm(config, "embedding/norm", self.dtype)
         self.drop = nn.Dropout(config.dropout)
 
     def __call__(
@@ -37,8 +41,10 @@ class Embedding(nn.Module):
         segments: Integer[Array, "B T"] | None = None,
         *,
         deterministic: bool = True,
+        vectors: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        x = take(self.token, ids) + take(self.position, jnp.arange(ids.shape[1]))
+        x = take(self.token, ids) if vectors is None else vectors
+        x = x + take(self.position, jnp.arange(ids.shape[1]))
         if self.segment is not None:
             x = x + take(self.segment, jnp.zeros_like(ids) if segments is None else segments)
         return self.drop(self.norm(x), deterministic=deterministic)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import attend
+from flaxcompress.formats.base import vector_init
 from flaxcompress.nn.add_norm import LayerNorm
 from flaxcompress.nn.linear import Linear
 from flaxcompress.ops import activate
@@ -33,6 +34,6 @@ class MaskedLM(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
         config = self.config
         y = Linear(config, "head/transform", config.width, config.width, name="transform")(x)
-        y = LayerNorm(config, name="norm")(activate(y, config.activation)).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (config.vocabulary,))
+        y = LayerNorm(config, "head/norm", name="norm")(activate(y, config.activation)).astype(x.dtype)
+        bias = self.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
         return attend(y, table).astype(jnp.float32) + bias

@@ -24,10 +24,10 @@ class Layer(nn.Module):
     sets: tuple[int, int, int]
 
     def setup(self):
-        attention, feed_forward, _ = self.sets
+        attention, feed_forward, norms = self.sets
         self.attention = Attention(self.config, f"layers/{attention}/attention")
         self.feed_forward = FeedForward(self.config, f"layers/{feed_forward}/feed_forward")
-        self.norms = Norms(self.config)
+        self.norms = Norms(self.config, f"layers/{norms}/norms")
         self.drop = nn.Dropout(self.config.dropout)
 
     def __call__(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,20 @@ from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import matmul, spec_for
-from flaxcompress.formats.base import dot
+from flaxcompress.formats.base import dot, vector_init
 
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
+
+
+def weight(module: nn.Module, name: str, init: Callable[..., Any], *args: Any) -> Any:
+    """Linen's `param`, but a value that is there already may be in another format than `init` makes.
+
+    `param` compares leaf shapes with the initializer's; healing and `encode` run the same structure on weights that
+    are, for the time being, fake-quantized or dequantized. Loading checks every shape instead.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, *args)
 
 
 class Linear(nn.Module):
@@ -34,8 +46,10 @@ class Linear(nn.Module):
         spec = spec_for(self.config, f"{self.address}/kernel")
         initializer = nn.initializers.normal(self.config.initializer_range)
         shape = (self.in_features, self.features)
-        self.kernel = self.param("kernel", lambda key: spec.init(key, shape, initializer, table=False))
-        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        self.kernel = weight(self, "kernel", lambda key: spec.init(key, shape, initializer, table=False))
+        self.bias = weight(
+            self, "bias", vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init()), (self.features,)
+        )
 
     def record(self, x: Float[Array, "*B n"]) -> None:
         """Keeps x in the collection "inputs" when the caller made it mutable; nothing otherwise."""

@@ -7,6 +7,7 @@ scan, a part with a single set is closed over, any other map gathers its set by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,12 +21,23 @@ from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
 
 
+Record = Callable[[Any, Any], Any]
+
+
 class StackOutput(NamedTuple):
-    """x [B, T, D]; the input of every layer [L, B, T, D] and the attention probabilities [L, B, H, T, T] if asked."""
+    """The last layer's output and what else was asked for.
+
+    Attributes:
+      x: [B, T, D].
+      hidden_states: the input of every layer, [L, B, T, D].
+      attentions: the attention probabilities, [L, B, H, T, T].
+      recorded: (first layer, what `record` returned stacked over the segment's layers), one entry per segment.
+    """
 
     x: Any
     hidden_states: Any = None
     attentions: Any = None
+    recorded: Any = None
 
 
 class Segment(NamedTuple):
@@ -94,7 +106,9 @@ class Stack(nn.Module):
         deterministic: bool = True,
         need_hidden_states: bool = False,
         need_attentions: bool = False,
+        record: Record | None = None,
     ) -> StackOutput:
+        """Runs the layers; `record(inputs, mask)` reduces what each layer's kernels are multiplied by (see `Linear`)."""
         config = self.config
         if self.is_initializing():
             layers = init_layers(config, self.make_rng("params"))
@@ -103,24 +117,25 @@ class Stack(nn.Module):
         else:
             layers = {part: self.get_variable("params", part) for part in PARTS}
         dropout_key = None if deterministic else self.make_rng("dropout")
-        hidden, attentions = [], []
+        hidden, attentions, recorded = [], [], []
         for segment in segments(config, layers):
-            x, outputs = self._scan(segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions)
+            x, outputs = self._scan(
+                segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions, record
+            )
             hidden.append(outputs[0])
             attentions.append(outputs[1])
-            if self.is_mutable_collection(INPUTS):
-                self.sow(INPUTS, f"segment_{segment.first:03d}", outputs[2])
+            recorded.append((segment.first, outputs[2]))
         return StackOutput(
             x,
             jnp.concatenate(hidden) if need_hidden_states else None,
             jnp.concatenate(attentions) if need_attentions else None,
+            recorded if record is not None else None,
         )
 
-    def _scan(self, segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions):
+    def _scan(self, segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions, record):
         config = self.config
         first, last, runs = segment
         module = Layer(config, layer_sets(config, first), parent=None)
-        recording = self.is_mutable_collection(INPUTS)
         scanned, picked, closed = {}, {}, {}
         for part in PARTS:
             run = layers[part][runs[part]]
@@ -145,9 +160,10 @@ class Stack(nn.Module):
                 deterministic=dropout_key is None,
                 need_probabilities=need_attentions,
                 rngs=rngs,
-                mutable=[INPUTS] if recording else [],
+                mutable=[INPUTS] if record is not None else [],
             )
-            return y, (x if need_hidden_states else None, probabilities, recorded)
+            kept = record(recorded[INPUTS], mask) if record is not None else None
+            return y, (x if need_hidden_states else None, probabilities, kept)
 
         steps = (jnp.arange(first, last), scanned, {part: local for part, (_, local) in picked.items()})
         if last - first > 1:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.embedding import Embedding
 from flaxcompress.nn.heads import MaskedLM, Pooler
-from flaxcompress.nn.stack import Stack
+from flaxcompress.nn.stack import Record, Stack
 
 
 class TransformerOutput(NamedTuple):
@@ -22,6 +24,7 @@ class TransformerOutput(NamedTuple):
     logits: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    recorded: Any = None
 
 
 class Transformer(nn.Module):
@@ -41,16 +44,19 @@ class Transformer(nn.Module):
         need_hidden_states: bool = False,
         need_attentions: bool = False,
         need_logits: bool = True,
+        record: Record | None = None,
+        vectors: Float[Array, "B T D"] | None = None,
     ) -> TransformerOutput:
         config = self.config
         embedding = Embedding(config, self.dtype, name="embedding")
-        x = embedding(ids, segments, deterministic=deterministic)
+        x = embedding(ids, segments, deterministic=deterministic, vectors=vectors)
         out = Stack(config, name="layers")(
             x,
             mask,
             deterministic=deterministic,
             need_hidden_states=need_hidden_states,
             need_attentions=need_attentions,
+            record=record,
         )
         hidden = None
         if need_hidden_states:
@@ -59,4 +65,10 @@ class Transformer(nn.Module):
         logits = None
         if config.head == "masked_lm" and (need_logits or self.is_initializing()):
             logits = MaskedLM(config, name="head")(out.x, embedding.token)
-        return TransformerOutput(out.x, pooled, logits, hidden, out.attentions)
+        return TransformerOutput(out.x, pooled, logits, hidden, out.attentions, out.recorded)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def embed(params: Any, ids: Integer[Array, "B T"], config: ModelConfig, dtype: Any) -> Float[Array, "B T D"]:
+    """The input of the first layer, for methods that run layer by layer."""
+    return Embedding(config, dtype).apply({"params": params["embedding"]}, ids)  # pyright: ignore[reportReturnType]

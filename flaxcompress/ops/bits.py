@@ -1,6 +1,6 @@
 """Small unsigned integers packed into bytes along the last axis, the first of them in the lowest bits.
 
-4 bits: two values per byte, low nibble first. 2 bits: four per byte. 3 bits: eight values in three bytes
+4 bits: two values per byte, low nibble first. 2 bits: four per byte. 1 bit: eight. 3 bits: eight values in three bytes
 (a 24-bit little-endian word). Rows are padded with zeros to whole groups.
 """
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, UInt8
 
-_PER_WORD = {2: 4, 3: 8, 4: 2}  # values in one word of whole bytes
+_PER_WORD = {1: 8, 2: 4, 3: 8, 4: 2}  # values in one word of whole bytes
 
 
 def packed_width(count: int, bits: int) -> int:

@@ -1,0 +1,258 @@
+"""The token table in low rank: row-weighted, in tiers by token weight, with quantized factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcompress import linalg, tree
+from flaxcompress.compress.low_rank import rank_for
+from flaxcompress.compress.quantize import compress_matrix as quantize_matrix
+from flaxcompress.compress.rounding import round_banded
+from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.tiers import TierSetting, basis_bytes, choose_layout, left_spec, row_bytes, token_weights
+from flaxcompress.config import ModelConfig
+from flaxcompress.formats import Banded, BandedSpec, Bucketed, BucketedSpec, DenseSpec, LowRank, LowRankSpec, QuantizedSpec, Tier, materialize
+from flaxcompress.formats.banded import Bands
+from flaxcompress.model import Model, replace_matrices
+from flaxcompress.text import Assets
+
+TOKEN = "embedding/token"
+
+
+@register_step
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactorizeEmbedding(Step):
+    """Approximates the token table by low-rank factors. A head tied to the table stays tied: it reads the same factors.
+
+    Give exactly one of:
+      rank: R for all rows, or
+      keep: the fraction of the table's parameters that the factors may hold, or
+      tiers: rows, rank and bits of each tier, heaviest tokens first, or
+      target_bytes: finds up to `max_tiers` tiers of banded coefficients by itself (see `tiers.choose_layout`).
+
+    Attributes:
+      weighting: how an error in a row counts. "frequency": by the token's weight, from the calibration text and the
+        prior; "fisher": so, and in the metric of the sentence vector's gradient; "none": the plain truncated SVD.
+      prior: "zipf" (ids ordered by frequency, as in BERT's vocabulary) or "uniform".
+      power: tempers token weights; 0.5 serves text of other domains better than 1, measured in the experiments.
+      allow_larger: accept a rank at which the factors are larger than the table.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"tokens", "gradient_moments"})
+
+    rank: int | None = None
+    keep: float | None = None
+    tiers: tuple[TierSetting, ...] | None = None
+    target_bytes: int | None = None
+    max_tiers: int = 8
+    weighting: Literal["frequency", "none", "fisher"] = "frequency"
+    prior: Literal["zipf", "uniform"] = "zipf"
+    power: float = 0.5
+    allow_larger: bool = False
+
+    def __post_init__(self):
+        given = [n for n in ("rank", "keep", "tiers", "target_bytes") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"FactorizeEmbedding: give one of rank, keep, tiers and target_bytes, got {', '.join(given) or 'none'}"
+            )
+        if not 0 < self.power <= 2:
+            raise ValueError(f"FactorizeEmbedding: power {self.power} must lie in (0, 2]")
+
+    def _settings(self, shape: tuple[int, int]) -> list[TierSetting]:
+        """The tiers with all rows filled in; for `target_bytes`, one tier of the largest 4-bit rank that fits."""
+        vocabulary, width = shape
+        if self.target_bytes is not None:
+            rank = rank_within(self.target_bytes, vocabulary, width)
+            return [TierSetting(rows=vocabulary, rank=rank, bits=2)]
+        if self.tiers is None:
+            return [
+                TierSetting(rows=vocabulary, rank=rank_for(shape, self.rank, self.keep, self.allow_larger, TOKEN))
+            ]
+        known = sum(t.rows or 0 for t in self.tiers)
+        open_tiers = [t for t in self.tiers if t.rows is None]
+        if len(open_tiers) > 1 or known > vocabulary or (not open_tiers and known != vocabulary):
+            raise ValueError(
+                f"{TOKEN}: tiers of {[t.rows for t in self.tiers]} rows do not fit a table of {vocabulary}; leave the "
+                "rows of one tier out to give it the rest"
+            )
+        settings = [dataclasses.replace(t, rows=t.rows or vocabulary - known) for t in self.tiers]
+        for t in settings:
+            if not 1 <= t.rank <= width:
+                raise ValueError(f"{TOKEN}: a tier's rank {t.rank} is not in 1 … {width}")
+        return settings
+
+    def _spec(self, settings: list[TierSetting]) -> dict[str, Any]:
+        formats = []
+        for t in settings:
+            left = left_spec(t.bits) or DenseSpec()
+            right = DenseSpec() if t.bits is None else QuantizedSpec(bits=8)
+            formats.append(LowRankSpec(rank=t.rank, left=left, right=right))
+        if len(settings) == 1:
+            return formats[0].to_json()
+        tiers = tuple(Tier(rows=t.rows or 0, format=f) for t, f in zip(settings, formats, strict=True))
+        return BucketedSpec(tiers=tiers).to_json()
+
+    def plan(self, config: ModelConfig) -> ModelConfig:
+        return config.with_format(TOKEN, self._spec(self._settings((config.vocabulary, config.width))))
+
+    def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
+        table = np.asarray(materialize(tree.flatten(model.params)[TOKEN]), np.float64)
+        metric = None
+        weights = np.full(len(table), 1.0 / len(table))
+        if self.weighting != "none" or self.target_bytes is not None or len(self.tiers or ()) > 1:
+            counts = context.need(self).token_counts
+            start = first_ordinary_token(model.assets)
+            weights = token_weights(counts, start=start, prior=self.prior, power=self.power)
+        if self.weighting == "fisher":
+            metric = context.need(self).token_gradient_moment(model)
+        basis = metric_root(metric, table.shape[1])
+        if self.target_bytes is not None:
+            node, spectrum = banded_table(table, weights, basis, self.target_bytes, self.max_tiers, key)
+            context.keep_spectrum(TOKEN, spectrum, node.rank)
+            return replace_matrices(model, {TOKEN: node})
+        settings = self._settings((table.shape[0], table.shape[1]))
+        order = np.argsort(-weights, kind="stable")
+        tier_of_row = np.zeros(len(table), np.uint8)
+        nodes, start = [], 0
+        for number, setting in enumerate(settings):
+            end = start + (setting.rows or 0)
+            tier_of_row[order[start:end]] = number
+            rows = np.flatnonzero(tier_of_row == number) if number else np.sort(order[:end])
+            row_weights = None if self.weighting == "none" else weights[rows]
+            tier_key = jax.random.fold_in(key, number)
+            node, spectrum = tier_matrix(table[rows], setting, row_weights, basis, tier_key)
+            name = TOKEN if len(settings) == 1 else f"{TOKEN} tier {number}"
+            context.keep_spectrum(name, spectrum, setting.rank)
+            nodes.append(node)
+            start = end
+        new = nodes[0] if len(nodes) == 1 else Bucketed.from_tiers(tuple(nodes), tier_of_row)
+        return replace_matrices(model, {TOKEN: new})
+
+
+def rank_within(target_bytes: int, vocabulary: int, width: int) -> int:
+    """The largest 2-bit rank that fits: an upper bound of the searched layout's bytes. ValueError when none does."""
+    for rank in range(width, 0, -1):
+        if vocabulary * row_bytes(rank, 2) + basis_bytes(rank, width, 2) <= target_bytes:
+            return rank
+    smallest = vocabulary * row_bytes(1, 2) + basis_bytes(1, width, 2)
+    raise ValueError(
+        f"{TOKEN}: target_bytes {target_bytes} is too small for a {vocabulary}×{width} table; the smallest is {smallest}"
+    )
+
+
+def banded_table(
+    table: np.ndarray,
+    weights: np.ndarray,
+    basis: tuple[np.ndarray, np.ndarray],
+    target_bytes: int,
+    max_tiers: int,
+    key: jax.Array,
+) -> tuple[LowRank, np.ndarray]:
+    """The table as tiers of banded coefficients times one 8-bit basis, within `target_bytes`, and its spectrum.
+
+    Inside a band the components are mixed by a random rotation, so that their energies are alike.
+    """
+    root, inverse = basis
+    width = table.shape[1]
+    factors = linalg.row_weighted_svd(table @ root, width, weights)
+    layouts = choose_layout(factors.left**2, weights, target_bytes, max_tiers=max_tiers)
+    used = max(sum(c for c, _ in itertools.takewhile(lambda band: band[1], layout.bands)) for layout in layouts)
+    left, right = factors.left.copy(), factors.right @ inverse
+    columns = [c for c, _ in layouts[0].bands]
+    for number, (start, end) in enumerate(itertools.pairwise(np.cumsum([0, *columns]))):
+        band_key = jax.random.fold_in(key, number)
+        normal = np.asarray(jax.random.normal(band_key, (end - start, end - start)), np.float64)
+        rotation = np.linalg.qr(normal)[0]
+        size = np.sqrt((weights[:, None] * left[:, start:end] ** 2).sum() / (end - start))
+        left[:, start:end] = left[:, start:end] @ rotation / size
+        right[start:end] = rotation.T @ right[start:end] * size
+    sizes = np.linalg.norm(right @ root, axis=1)  # what an error in each coefficient costs
+    order = np.argsort(-weights, kind="stable")
+    tier_of_row = np.zeros(len(table), np.uint8)
+    start, nodes = 0, []
+    for number, layout in enumerate(layouts):
+        tier_of_row[order[start : start + layout.rows]] = number
+        start += layout.rows
+    kept = [cut_bands(layout.bands, used) for layout in layouts]
+    for number, bands in enumerate(kept):
+        rows = left[tier_of_row == number][:, :used]
+        spec = BandedSpec(bands=bands)
+        levels, scale = round_banded(jnp.asarray(rows, jnp.float32), jnp.asarray(sizes[:used] ** 2, jnp.float32), spec)
+        nodes.append(Banded.from_levels(levels, scale, spec))
+    inner = nodes[0] if len(nodes) == 1 else Bucketed.from_tiers(tuple(nodes), tier_of_row)
+    outer = quantize_matrix(right[:used], QuantizedSpec(bits=8), table=False)
+    return LowRank(left=inner, right=outer), factors.spectrum
+
+
+def cut_bands(bands: Bands, used: int) -> Bands:
+    """The bands over the first `used` columns, neighbours of equal bits joined."""
+    out: list[tuple[int, int]] = []
+    total = 0
+    for columns, bits in bands:
+        if total >= used:
+            break
+        if out and out[-1][1] == bits:
+            out[-1] = (out[-1][0] + columns, bits)
+        else:
+            out.append((columns, bits))
+        total += columns
+    return tuple(out)
+
+
+def tier_matrix(
+    table: np.ndarray,
+    setting: TierSetting,
+    weights: np.ndarray | None,
+    basis: tuple[np.ndarray, np.ndarray],
+    key: jax.Array,
+) -> tuple[LowRank, np.ndarray]:
+    """One tier's factors and its spectrum.
+
+    With bits, the rank is rotated by a random orthogonal matrix first, left·Q·Qᵀ·right: each row's coefficients then
+    have about equal variance and one scale per row serves them all (as in QuaRot, Ashkboos et al. 2024).
+    """
+    root, inverse = basis
+    factors = linalg.row_weighted_svd(table @ root, setting.rank, weights)
+    left, right = factors.left, factors.right @ inverse
+    if setting.bits is None:
+        return LowRank(left=jnp.asarray(left, jnp.float32), right=jnp.asarray(right, jnp.float32)), factors.spectrum
+    rotation = np.linalg.qr(np.asarray(jax.random.normal(key, (setting.rank, setting.rank)), np.float64))[0]
+    spec = left_spec(setting.bits)
+    assert spec is not None
+    return LowRank(
+        left=quantize_matrix(left @ rotation, spec, table=True),
+        right=quantize_matrix(rotation.T @ right, QuantizedSpec(bits=8), table=False),
+    ), factors.spectrum
+
+
+def metric_root(metric: np.ndarray | None, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(G^½, G^-½), G scaled to mean eigenvalue 1 and floored at 1 % of it; the identity for None."""
+    if metric is None:
+        return np.eye(width), np.eye(width)
+    values, vectors = np.linalg.eigh(metric)
+    values = np.maximum(values / values.mean(), 1e-2)
+    return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
+
+
+def first_ordinary_token(assets: Assets) -> int:
+    """The id after the leading block of special and unused entries ("[PAD]", "[unused7]", "<s>"); 0 if unknown."""
+    content = assets.file("tokenizer.json")
+    if content is not None:
+        model = json.loads(content).get("model", {})
+        vocabulary = model.get("vocab", {})
+        names = {i: t for t, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    else:
+        names = dict(enumerate((assets.file("vocab.txt") or b"").decode("utf-8").splitlines()))
+    start = 0
+    while re.fullmatch(r"\[.+\]|<.+>", names.get(start, "")):
+        start += 1
+    return start

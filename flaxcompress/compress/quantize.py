@@ -1,0 +1,236 @@
+"""Quantizing kernels and tables: GPTQ layer after layer on compressed inputs, error-minimising or nearest rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from flaxcompress import tree
+from flaxcompress.compress.calibrate import Batch, dense_model, moments_of
+from flaxcompress.compress.rounding import gptq, round_rows
+from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.config import ModelConfig
+from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, materialize
+from flaxcompress.formats.base import parse_spec, spec_of
+from flaxcompress.model import Model, abstract_flat, compute_dtype, replace_matrices
+from flaxcompress.nn import INPUTS, Layer, layer_sets
+from flaxcompress.nn.transformer import embed
+from flaxcompress.progress import progress_bar
+
+Rounding = Literal["gptq", "mse", "nearest"]
+_TABLES = ("embedding/token", "embedding/position", "embedding/segment")
+# What one layer computes, in order; the linear maps of a stage read the same input.
+_STAGES = (
+    (("attention", "query"), ("attention", "key"), ("attention", "value")),
+    (("attention", "output"),),
+    (("feed_forward", "up"),),
+    (("feed_forward", "down"),),
+)
+
+
+def compress_matrix(
+    weight: Any,
+    spec: QuantizedSpec,
+    *,
+    table: bool,
+    rounding: Rounding = "mse",
+    moments: Any = None,
+) -> Quantized:
+    """Quantizes a kernel [n, m] (in groups along n) or a table [V, D] (in groups along D).
+
+    Args:
+      moments: C = E[xᵀx] of the kernel's input, [n, n]; "gptq" needs it, "mse" weights the error by its diagonal.
+    """
+    rows = jnp.asarray(weight, jnp.float32)
+    rows = rows if table else rows.T
+    if rounding == "gptq" and moments is not None:
+        levels, scale = gptq(rows, jnp.asarray(moments), spec)
+    else:
+        kind = "nearest" if rounding == "nearest" else "mse"
+        weights = None if moments is None else jnp.diagonal(jnp.asarray(moments))
+        levels, scale = round_rows(rows, spec, rounding=kind, weights=weights)
+    return Quantized.from_levels(levels, scale, spec, table=table)
+
+
+@register_step
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(Step):
+    """Stores every matrix that `pattern` matches in a few bits.
+
+    Attributes:
+      bits: 8, 4, 3 or 2.
+      group: neighbouring inputs (of a table: columns) that share one scale; None is the whole row.
+      pattern: full-match address pattern; the default takes every kernel and every table that is still dense.
+      rounding: "gptq" rounds layer after layer on the inputs that the compressed prefix gives, each column making up
+        for the errors before it; "mse" picks scales of least squared error; "nearest" is the plain baseline. Tables,
+        and kernels outside the layers, have no error to pass on: "gptq" means "mse" for them.
+      scale_dtype: how scales are stored.
+      sentences: calibration sentences for "gptq".
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"tokens", "input_moments"})
+
+    bits: int = 8
+    group: int | None = None
+    pattern: str = r".*/kernel|embedding/(token|position|segment)"
+    rounding: Rounding = "gptq"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    sentences: int = 768
+
+    @property
+    def spec(self) -> QuantizedSpec:
+        """The format of the result."""
+        return QuantizedSpec(bits=self.bits, group=self.group, scale_dtype=self.scale_dtype)
+
+    def __post_init__(self):
+        _ = self.spec  # its own checks
+
+    def _addresses(self, flat: dict[str, Any]) -> list[str]:
+        matrices = [a for a in flat if a.endswith("/kernel") or a in _TABLES]
+        return tree.select(matrices, self.pattern, where="Quantize/pattern")
+
+    def _new_spec(self, node: Any) -> dict[str, Any]:
+        """Dense parts of `node` become quantized; low-rank factors one by one; what is quantized stays."""
+        spec = spec_of(node).to_json()
+        return _quantize_spec(spec, self.spec.to_json())
+
+    def plan(self, config: ModelConfig) -> ModelConfig:
+        flat = abstract_flat(config)
+        for address in self._addresses(flat):
+            config = config.with_format(address, self._new_spec(flat[address]))
+        return config
+
+    def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
+        flat = tree.flatten(model.params)
+        chosen = self._addresses(flat)
+        in_layers = [a for a in chosen if a.startswith("layers/")]
+        changes: dict[str, Any] = {}
+        if self.rounding == "gptq" and in_layers:
+            changes = self._sequential(model, context, set(in_layers))
+        for address in chosen:
+            if address not in changes:
+                changes[address] = self._alone(flat[address], table=address in _TABLES)
+        return replace_matrices(model, changes)
+
+    def _alone(self, node: Any, *, table: bool) -> Any:
+        """Quantizes one matrix, or the dense parts of a composed format, by itself."""
+        kind: Rounding = "nearest" if self.rounding == "nearest" else "mse"
+        if isinstance(node, LowRank):
+            left, right = self._alone(node.left, table=table), self._alone(node.right, table=False)
+            return LowRank(left=left, right=right)
+        if isinstance(node, Format):
+            if hasattr(node, "tiers"):
+                tiers = tuple(self._alone(t, table=table) for t in node.tiers)
+                return node.replace(tiers=tiers)  # pyright: ignore[reportAttributeAccessIssue]
+            return node
+        return compress_matrix(node, self.spec, table=table, rounding=kind)
+
+    def _with_moments(self, node: Any, moments: Any) -> Any:
+        if isinstance(node, LowRank) and not isinstance(node.left, Format):
+            # The right factor reads x·left, whose second moment is leftᵀ·C·left (with the rounded left).
+            left = compress_matrix(node.left, self.spec, table=False, rounding="gptq", moments=moments)
+            inner = materialize(left)
+            right = node.right
+            if not isinstance(right, Format):
+                carried = inner.T @ jnp.asarray(moments) @ inner
+                right = compress_matrix(right, self.spec, table=False, rounding="gptq", moments=carried)
+            return LowRank(left=left, right=right)
+        if isinstance(node, Format):
+            return self._alone(node, table=False)
+        return compress_matrix(node, self.spec, table=False, rounding="gptq", moments=moments)
+
+    def _sequential(self, model: Model, context: Context, chosen: set[str]) -> dict[str, Any]:
+        calibration = context.need(self)
+        batches = calibration.batches(self.sentences, size=32, pad=model.config.pad_token)
+        flat = tree.flatten(model.params)
+        changes: dict[str, Any] = {}
+
+        def visit(address: str, moments: Any) -> Any:
+            if address not in chosen:
+                return None
+            changes[address] = self._with_moments(flat[address], moments)
+            return materialize(changes[address])
+
+        walk_layers(model, batches, visit, progress=context.progress)
+        return changes
+
+
+def _quantize_spec(spec: dict[str, Any], quantized: dict[str, Any]) -> dict[str, Any]:
+    if spec["kind"] == "dense":
+        return quantized
+    out = dict(spec)
+    for name in ("left", "right"):
+        if name in out:
+            out[name] = _quantize_spec(out[name], quantized)
+    if "tiers" in out:
+        out["tiers"] = [{**t, "format": _quantize_spec(t["format"], quantized)} for t in out["tiers"]]
+    return parse_spec(out).to_json()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(config: ModelConfig, sets: tuple[int, int, int], params, x, mask):
+    return Layer(config, sets).apply({"params": params}, x, mask)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _layer_moments(config: ModelConfig, sets: tuple[int, int, int], params, x, mask, name: str):
+    _, recorded = Layer(config, sets).apply({"params": params}, x, mask, mutable=[INPUTS])
+    return moments_of(recorded[INPUTS], mask)[name]
+
+
+def walk_layers(
+    model: Model, batches: list[Batch], visit: Callable[[str, Any], Any], *, progress: bool = False
+) -> None:
+    """Runs calibration batches layer by layer, letting `visit` exchange each kernel before later ones are measured.
+
+    `visit(address, moments)` returns the dense matrix to go on with, or None to keep the present one. Every kernel is
+    visited at its weight set's first use, with the second moment [n, n] of what reaches it through the matrices
+    exchanged so far; later uses of a shared set see the exchanged weights.
+    """
+    dense = dense_model(model)
+    config = dense.config
+    flat = tree.flatten(dense.params)
+    dtype = compute_dtype()
+    masks = [jnp.asarray(mask) for _, mask in batches]
+    states = [embed(dense.params, jnp.asarray(ids), config, dtype) for ids, _ in batches]
+    tokens = float(sum(mask.sum() for _, mask in batches))
+    seen: set[str] = set()
+    with progress_bar("layers", config.layers, show=progress) as advance:
+        for number in range(config.layers):
+            sets = layer_sets(config, number)
+            by_part = dict(zip(("attention", "feed_forward", "norms"), sets, strict=True))
+            for stage in _STAGES:
+                addresses = [f"layers/{by_part[part]}/{part}/{name}/kernel" for part, name in stage]
+                if all(a in seen for a in addresses):
+                    continue
+                params = _layer_tree(flat, by_part)
+                part, name = stage[0]
+                total: Any = 0.0
+                for x, mask in zip(states, masks, strict=True):
+                    # One structure for all layers: the dense config, so that this compiles once per batch shape.
+                    total = total + _layer_moments(config, (0, 0, 0), params, x, mask, f"{part}/{name}")
+                moments = total / tokens
+                for address in addresses:
+                    seen.add(address)
+                    new = visit(address, moments)
+                    if new is not None:
+                        flat[address] = new
+            params = _layer_tree(flat, by_part)
+            states = [_layer(config, (0, 0, 0), params, x, mask) for x, mask in zip(states, masks, strict=True)]
+            advance()
+
+
+def _layer_tree(flat: tree.Flat, sets: dict[str, int]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for part, number in sets.items():
+        prefix = f"layers/{number}/{part}/"
+        chosen = {a.removeprefix(prefix): node for a, node in flat.items() if a.startswith(prefix)}
+        params[part] = tree.nest(chosen)
+    return params
+
+

@@ -1,0 +1,160 @@
+"""A step: a frozen value that maps a Model to a new Model, and the context that steps share."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.config import ModelConfig, closest, reject_unknown
+from flaxcompress.model import Model
+
+
+@dataclasses.dataclass
+class Context:
+    """What steps know beside the model they change.
+
+    Attributes:
+      original: the model before the first step; the teacher.
+      calibration: tokens and statistics; None when no step of the recipe needs any.
+      work: a folder for checkpoints of long steps, or None.
+      progress: whether to show progress bars.
+      spectra: filled by steps that cut a spectrum: {address, singular_values, rank} per matrix, for the report.
+      healing: filled by healing: {step, loss} entries, for the report.
+    """
+
+    original: Model
+    calibration: Calibration | None = None
+    work: Path | None = None
+    progress: bool = False
+    spectra: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    healing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def need(self, step: Step) -> Calibration:
+        """The calibration, or ValueError when there is none."""
+        if self.calibration is None:
+            raise ValueError(f"{step.name}: needs calibration text; pass calibration=")
+        return self.calibration
+
+    def keep_spectrum(self, address: str, spectrum: np.ndarray, rank: int) -> None:
+        """Notes a cut spectrum for the report."""
+        self.spectra.append({"address": address, "singular_values": np.asarray(spectrum).tolist(), "rank": int(rank)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """A compression method with its settings. Calling it is pure: a new Model, nothing changed in place.
+
+    `needs` names the statistics it reads, a subset of tokens, input_moments, gradient_moments, norms, influence.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The step's name in recipes and reports."""
+        return type(self).__name__
+
+    def plan(self, config: ModelConfig) -> ModelConfig:
+        """The structure after this step, without touching weights. Raises ValueError when the step does not fit."""
+        raise NotImplementedError(f"{self.name}.plan")
+
+    def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
+        raise NotImplementedError(f"{self.name}.__call__")
+
+    def to_json(self) -> dict[str, Any]:
+        """{step name: settings that differ from the defaults}."""
+        settings = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                settings[field.name] = _to_json(value)
+        return {self.name: settings}
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(v) for v in value]
+    return value
+
+
+_STEPS: dict[str, type[Step]] = {}
+
+
+def register_step(step: type[Step]) -> type[Step]:
+    """Class decorator: makes the step known to recipes under its class name."""
+    _STEPS[step.__name__] = step
+    return step
+
+
+def known_steps() -> dict[str, type[Step]]:
+    """All registered steps by name."""
+    return dict(_STEPS)
+
+
+def step_from_json(data: Mapping[str, Any], where: str = "recipe") -> Step:
+    """{name: settings} -> step, with types checked. Raises ValueError naming the key and what exists."""
+    if not isinstance(data, Mapping) or len(data) != 1:
+        raise ValueError(f"{where}: a step is one name with its settings, e.g. 'Quantize: {{bits: 8}}'; got {data!r}")
+    name, settings = next(iter(data.items()))
+    if name not in _STEPS:
+        raise ValueError(f"{where}: unknown step {name!r}; {closest(str(name), _STEPS)}")
+    return _build(_STEPS[name], settings or {}, f"{where}/{name}")
+
+
+def _build(cls: Any, settings: Any, where: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{where}: expected settings as key: value, got {settings!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    reject_unknown(where, settings, fields)
+    hints = typing.get_type_hints(cls)
+    values = {k: _convert(v, hints[k], f"{where}/{k}") for k, v in settings.items()}
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Checks a YAML value against a type hint; whole floats become ints, lists become tuples, objects dataclasses."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in args:
+            if option is type(None):
+                continue
+            try:
+                return _convert(value, option, where)
+            except ValueError as error:
+                errors.append(str(error))
+        raise ValueError(errors[0])
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(v, args[0], f"{where}/{i}") for i, v in enumerate(value))
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{where}: {value!r} is not allowed; {closest(str(value), map(str, args))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

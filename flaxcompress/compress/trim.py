@@ -1,0 +1,58 @@
+"""Dropping what nothing reads: positions past the length limit, an unused pooler."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from flaxcompress import tree
+from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.config import ModelConfig
+from flaxcompress.formats import materialize
+from flaxcompress.model import Model
+
+
+@register_step
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trim(Step):
+    """Cuts the position table to `positions` rows, drops the pooler, and stores small tables and vectors in 16 bits.
+
+    Attributes:
+      positions: rows to keep; None keeps all. Longer inputs are refused afterwards, as `encode`'s limit already does.
+      pooler: "drop" or "keep". Sentence vectors pooled by mean, max or the first token never read it.
+      dtype: storage of biases, norms, positions and segments; None leaves them as they are.
+    """
+
+    positions: int | None = None
+    pooler: Literal["keep", "drop"] = "keep"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    def plan(self, config: ModelConfig) -> ModelConfig:
+        if self.positions is not None:
+            if not 1 <= self.positions <= config.positions:
+                raise ValueError(f"Trim: positions {self.positions} is not in 1 … {config.positions}")
+            config = config.replace(positions=self.positions)
+        if self.pooler == "drop":
+            config = config.replace(pooler=False)
+        if self.dtype is not None:
+            for pattern in (r"embedding/(position|segment)", r".*/(scale|bias)"):
+                config = config.with_rule(pattern, {"kind": "dense", "dtype": self.dtype})
+        return config
+
+    def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
+        config = self.plan(model.config)
+        flat = tree.flatten(model.params)
+        if self.pooler == "drop":
+            flat = {a: n for a, n in flat.items() if not a.startswith("pooler/")}
+        if self.positions is not None:
+            flat["embedding/position"] = materialize(flat["embedding/position"])[: self.positions]
+        if self.dtype is not None:
+            for address in flat:
+                if address in ("embedding/position", "embedding/segment") or address.endswith(("/scale", "/bias")):
+                    flat[address] = materialize(flat[address]).astype(self.dtype)
+        assets = dataclasses.replace(model.assets, max_length=min(model.assets.max_length, config.positions))
+        return Model(params=tree.unflatten(flat), config=config, assets=assets)
+
+

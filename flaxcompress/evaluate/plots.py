@@ -1,0 +1,128 @@
+"""The plots of a report; matplotlib is imported when one is drawn, and its global state is left alone."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from flaxcompress.evaluate.report import Report
+
+_BEFORE, _AFTER, _RAW = "#b9c3d0", "#2563a8", "#c9d3df"
+_MOST_POINTS = 2000  # of a curve: more cannot be seen
+_MOST_SPECTRA = 40
+
+
+def svg(figure: Any) -> bytes:
+    """The figure as SVG, the same bytes every time."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "flaxcompress"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """An exponential moving average over about a twentieth of the curve, unbiased at its start."""
+    decay = 1 - 1 / max(1.0, len(values) / 20)
+    total, weight, out = 0.0, 0.0, np.empty(len(values))
+    for i, value in enumerate(values):
+        total, weight = decay * total + value, decay * weight + 1
+        out[i] = total / weight
+    return out
+
+
+def kept_energy(singular_values: Any, rank: int | None) -> float:
+    """The share of the squared singular values that the first `rank` hold."""
+    energy = np.square(np.asarray(singular_values, np.float64))
+    total = float(energy.sum())
+    return float(energy[:rank].sum()) / total if total > 0 else 1.0
+
+
+def parts(report: Report) -> Any:
+    """Megabytes of each part before and after, as paired bars."""
+    sides = [{p["part"]: p["bytes"] / 1e6 for p in report.parts[side]} for side in ("before", "after")]
+    names = list(dict.fromkeys([*sides[0], *sides[1]]))
+    figure, axes = _figure(0.55 * len(names) + 1.2)
+    for side, label, color, offset in ((sides[0], "before", _BEFORE, -0.2), (sides[1], "after", _AFTER, 0.2)):
+        values = [side.get(name, 0.0) for name in names]
+        bars = axes.barh(np.arange(len(names)) + offset, values, height=0.38, color=color, label=label)
+        axes.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=3, fontsize=8)
+    _name_rows(axes, names)
+    axes.margins(x=0.1)
+    axes.set_xlabel("MB")
+    axes.legend(frameon=False)
+    return figure
+
+
+def spectra(report: Report) -> Any:
+    """Singular values against their number, each relative to its largest; a dot at the chosen rank."""
+    import matplotlib
+
+    figure, axes = _figure(4.2)
+    shown = report.spectra[:_MOST_SPECTRA]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, max(len(shown), 1)))
+    for spectrum, color in zip(shown, colors, strict=False):
+        values = np.array([np.nan if v is None else v for v in spectrum["singular_values"]], np.float64)
+        if not len(values) or not np.nanmax(values) > 0:
+            continue
+        values = np.where(values > 0, values, np.nan) / np.nanmax(values)
+        number = np.arange(1, len(values) + 1)
+        axes.plot(number, values, color=color, linewidth=1, label=spectrum["address"])
+        rank = spectrum["rank"]
+        if rank is not None and 1 <= rank <= len(values):
+            axes.plot([rank], [values[rank - 1]], "o", color=color, markersize=5)
+    axes.set_yscale("log")
+    axes.set_xlabel("number of the singular value (a dot marks the last one kept)")
+    axes.set_ylabel("relative to the largest")
+    if len(axes.lines) and len(shown) <= 10:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def healing(report: Report) -> Any:
+    """The loss by step: raw, and smoothed over a twentieth of the run."""
+    rows = [(row["step"], row["loss"]) for row in report.healing if row["loss"] is not None]
+    step, loss = np.array(rows, np.float64).T
+    smoothed = smooth(loss)
+    keep = np.unique(np.linspace(0, len(step) - 1, min(len(step), _MOST_POINTS)).round().astype(int))
+    figure, axes = _figure(3.4)
+    axes.plot(step[keep], loss[keep], color=_RAW, linewidth=1, marker="." if len(keep) < 3 else None, label="raw")
+    axes.plot(step[keep], smoothed[keep], color=_AFTER, linewidth=2, label="smoothed")
+    if loss.min() > 0 and loss.max() > 20 * loss.min():
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    return figure
+
+
+def steps(report: Report) -> Any:
+    """Seconds of each step."""
+    seconds = [step["seconds"] for step in report.steps]
+    figure, axes = _figure(0.4 * len(seconds) + 1.1)
+    bars = axes.barh(np.arange(len(seconds)), seconds, height=0.6, color=_AFTER)
+    axes.bar_label(bars, labels=[f"{value:.1f}" for value in seconds], padding=3, fontsize=8)
+    _name_rows(axes, [step["name"] for step in report.steps])
+    axes.margins(x=0.1)
+    axes.set_xlabel("seconds")
+    return figure
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _name_rows(axes: Any, names: list[str]) -> None:
+    # A dollar sign would begin a formula.
+    axes.set_yticks(np.arange(len(names)), [name[:40].replace("$", r"\$") for name in names])
+    axes.invert_yaxis()

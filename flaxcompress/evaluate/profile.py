@@ -1,0 +1,198 @@
+"""What a model costs, part by part: weights stored, bytes, floating-point operations per token."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from flaxcompress import tree
+from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.formats import matmul_flops, nbytes, spec_of, stored_values, take_flops
+from flaxcompress.model import Model
+
+REST = "norms and biases"
+_PARTS = (  # the first full match decides; what matches none is `REST`
+    ("token table", r"embedding/token"),
+    ("positions and segments", r"embedding/(position|segment)"),
+    ("attention", r"layers/\d+/attention/.*/kernel"),
+    ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
+    (REST, r"layers/.*|embedding/.*"),
+    ("pooler", r"pooler/.*"),
+    ("head", r"head/.*"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """One part of a model.
+
+    Attributes:
+      weights: how many weights are stored, scales and codebooks included; a shared set once.
+      bytes: of the stored tensors; a shared set once.
+      flops_per_token: of its matrix products (a multiply-add is two), a shared set every time it is used; element-wise
+        work is not counted.
+      format: how its matrices are stored, in words.
+    """
+
+    part: str
+    weights: int
+    bytes: int
+    flops_per_token: float
+    format: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The cost of every part of a model, at sequences of `length` tokens."""
+
+    name: str
+    length: int
+    parts: tuple[PartCost, ...]
+    cache_bytes_per_token: int = 0
+
+    @property
+    def params(self) -> int:
+        """Weights stored."""
+        return sum(part.weights for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Floating-point operations per token."""
+        return sum(part.flops_per_token for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object: totals, then the parts."""
+        return {
+            "name": self.name,
+            "length": self.length,
+            "params": self.params,
+            "bytes": self.bytes,
+            "flops_per_token": self.flops_per_token,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+        }
+
+    def table(self):
+        """A `rich.table.Table` of the parts and their totals."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self.name), show_footer=True)
+        table.add_column("part", footer="total")
+        for header, total in (
+            ("weights", f"{self.params:,}"),
+            ("MB", f"{self.bytes / 1e6:.3f}"),
+            ("share", ""),
+            ("FLOPs per token", f"{self.flops_per_token:,.0f}"),
+        ):
+            table.add_column(header, footer=total, justify="right", no_wrap=True)
+        table.add_column("format", footer=f"{self.length} tokens, {self.cache_bytes_per_token:,} cache bytes per token")
+        for part in self.parts:
+            share = part.bytes / max(self.bytes, 1)
+            flops = f"{part.flops_per_token:,.0f}" if part.flops_per_token else "–"
+            cells = [part.part, f"{part.weights:,}", f"{part.bytes / 1e6:.3f}", f"{share:.0%}", flops, part.format]
+            table.add_row(*map(Text, cells))
+        return table
+
+
+def profile(model: Model, *, length: int = 128) -> Profile:
+    """Counts what `model` stores and computes; its params may be abstract (`jax.eval_shape`), nothing is run.
+
+    Args:
+      length: T, the tokens of a sequence: the attention core takes 4·T·D operations per token and layer, the pooler
+        runs once per sequence.
+
+    Raises ValueError for a length outside 1 … positions.
+    """
+    config = model.config
+    if not 1 <= length <= config.positions:
+        raise ValueError(f"profile: length must lie in 1 … {config.positions} (the model's positions), got {length}")
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
+    nodes = tree.flatten(abstract)
+    members: dict[str, dict[str, Any]] = {}
+    for address, node in nodes.items():
+        members.setdefault(part_of(address), {})[address] = node
+    rows = []
+    for part in [name for name, _ in _PARTS if name in members]:
+        flops = sum(_flops(config, address, node, length) for address, node in members[part].items())
+        if part == "attention":
+            flops += config.layers * 4.0 * length * config.width
+        if part == "head":
+            flops += matmul_flops(nodes["embedding/token"])  # the tied output, x @ tableᵀ
+        rows.append(
+            PartCost(
+                part=part,
+                weights=sum(map(stored_values, members[part].values())),
+                bytes=sum(map(nbytes, members[part].values())),
+                flops_per_token=float(flops),
+                format=_formats(members[part].values()),
+            )
+        )
+    return Profile(name=model.assets.source or f"{config.family} model", length=length, parts=tuple(rows))
+
+
+def part_of(address: str) -> str:
+    """The part of the model that the parameter at `address` belongs to, as `PartCost.part` names it."""
+    return next((name for name, pattern in _PARTS if re.fullmatch(pattern, address)), REST)
+
+
+def _flops(config: ModelConfig, address: str, node: Any, length: int) -> float:
+    if len(node.shape) != 2:
+        return 0.0
+    if address.startswith("embedding/"):
+        return take_flops(node)
+    if address.startswith("pooler/"):
+        return matmul_flops(node) / length
+    if address.startswith("layers/"):
+        _, number, part, *_ = address.split("/")
+        uses = getattr(config.sharing, part).count(int(number)) if part in PARTS else 1
+        return uses * matmul_flops(node)
+    return matmul_flops(node)
+
+
+def _formats(nodes: Any) -> str:
+    matrices = [node for node in nodes if len(node.shape) == 2] or list(nodes)
+    counts = Counter(describe(spec_of(node).to_json(), node.shape[-1]) for node in matrices)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{count}× {text}" for text, count in counts.most_common())
+
+
+def describe(spec: Mapping[str, Any], columns: int | None = None) -> str:
+    """A format's spec in words: "low_rank 96 (int4, g32)", "bucketed 9500×384 int4 + 21022×96 int3", "dense float32".
+
+    Args:
+      columns: the width of the matrix, for tiers that are stored at full rank.
+    """
+    kind = spec.get("kind")
+    if kind == "dense":
+        return f"dense {spec['dtype']}"
+    if kind == "quantized":
+        return f"int{spec['bits']}" + (f", g{spec['group']}" if spec["group"] else "")
+    if kind == "low_rank":
+        factors = dict.fromkeys(describe(spec[side]).removeprefix("dense ") for side in ("left", "right"))
+        return f"low_rank {spec['rank']} ({' · '.join(factors)})"
+    if kind == "bucketed":
+        return "bucketed " + " + ".join(_tier(tier, columns) for tier in spec["tiers"])
+    if kind == "banded":
+        return "banded " + " ".join(f"{columns}@{bits}" for columns, bits in spec["bands"])
+    plain = (f"{k} {v}" for k, v in spec.items() if k != "kind" and isinstance(v, (int, float, str)))
+    return " ".join([str(kind), *plain])
+
+
+def _tier(tier: Mapping[str, Any], columns: int | None) -> str:
+    spec = tier["format"]
+    width = spec.get("rank") or columns
+    inner = spec["left"] if spec["kind"] == "low_rank" else spec
+    size = f"{tier['rows']}×{width}" if width else f"{tier['rows']} rows"
+    return f"{size} {describe(inner).removeprefix('dense ').split(',')[0]}"

@@ -1,0 +1,226 @@
+"""Stock Hugging Face folders, and the check that PyTorch computes from a folder what the model computes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from importlib import import_module, resources, util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcompress import storage, tree
+from flaxcompress.config import ModelConfig
+from flaxcompress.families import FAMILIES
+from flaxcompress.formats import materialize
+from flaxcompress.model import MODEL_TYPE, Model, pool, sentence_vectors
+from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files
+
+CODE = "modeling_flaxcompress"
+FLOAT_TOLERANCE = 1e-4
+INTEGER_TOLERANCE = 2e-3
+SENTENCES = (
+    "Yes.",
+    "The river froze in November.",
+    "How many moons does the fourth planet have, and which of them is the largest?",
+    "She wrote 1,024 letters to the editor (none was printed), then bought the newspaper and printed them all, "
+    "one a day, beside the weather report and the price of wheat.",
+)
+
+
+# ── stock folders ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes a folder that stock transformers loads, without our code: every matrix dense float32, every layer its own.
+
+    Formats are multiplied out and shared weight sets repeated, so the folder is as large as the original's; what it
+    computes equals the model's output to rounding. A pooler that the model does not have is absent from the folder too:
+    transformers then says so when it loads the folder and makes a random one, which changes `pooler_output` only.
+
+    Args:
+      out: the folder to write; it appears whole or not at all.
+      overwrite: replaces a folder that exists and is not empty.
+
+    Returns:
+      The folder's path.
+
+    Raises:
+      ValueError: `out` exists and is not empty, or cannot be written.
+    """
+    out = Path(out)
+    config, tensors = stock_tensors(model)
+    hf = {**FAMILIES[config.family].write_config(config), "dtype": "float32"}
+    with storage.new_folder(out, overwrite=overwrite) as folder:
+        storage.write_tensors(folder / storage.WEIGHTS, tensors)
+        files: dict[str, str | bytes] = dict(model.assets.files)
+        if model.assets.has_tokenizer:
+            options = json.loads(model.assets.file("tokenizer_config.json") or b"{}")
+            options = {"tokenizer_class": "BertTokenizer", **options, "model_max_length": model.assets.max_length}
+            files["tokenizer_config.json"] = json.dumps(options, indent=2)
+        files |= sentence_transformers_files(model.assets, config.width)
+        files |= {"config.json": json.dumps(hf, indent=2) + "\n", "README.md": _card(model.assets)}
+        storage.write_files(folder, files)
+    return out
+
+
+def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """The config without formats and sharing, and {the family's tensor name: float32 array} of a stock checkpoint."""
+    flat = tree.flatten(model.params)
+    config = model.config.replace(formats=(), sharing=None)
+    if not config.segments:  # stock code always adds a segment embedding: a row of zeros adds nothing
+        config = config.replace(segments=1)
+        flat["embedding/segment"] = np.zeros((1, config.width), np.float32)
+    arrays = {address: np.asarray(materialize(node), np.float32) for address, node in flat.items()}
+    family = FAMILIES[config.family]
+    # Under a head, transformers keeps the encoder's tensors below the family's name and the head's beside it.
+    prefix = f"{family.model_type}." if config.head != "none" else ""
+    tensors = {}
+    for address, (name, transposed) in family.names(config).items():
+        array = arrays[stored_address(model.config, address)]
+        name = name if address.startswith("head/") else prefix + name
+        tensors[name] = array.T if transposed else array
+    return config, tensors
+
+
+def stored_address(config: ModelConfig, address: str) -> str:
+    """Where the weight that a layer uses is stored: "layers/<layer>/…" -> "layers/<weight set>/…"."""
+    if not address.startswith("layers/"):
+        return address
+    _, layer, part, rest = address.split("/", 3)
+    return f"layers/{getattr(config.sharing, part)[int(layer)]}/{part}/{rest}"
+
+
+def _card(assets: Assets) -> str:
+    head = ["---", "library_name: transformers"]
+    if assets.licence:
+        head.append(f"license: {assets.licence}")
+    if "/" in assets.source:
+        head.append(f"base_model: {assets.source}")
+    source = assets.source or "a model built from scratch"
+    text = f"A dense float32 export, by flaxcompress, of a model made from {source}."
+    licence = assets.licence or "the source states none; its terms apply to these weights"
+    return "\n".join([*head, "---", "", text, "", f"Licence: {licence}.", ""])
+
+
+# ── the check ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_folder(model: Model, folder: str | Path, sentences: Sequence[str] | None = None) -> float | None:
+    """Loads a saved or exported folder in PyTorch and compares its sentence vectors with the model's.
+
+    Both sides compute in float32, on token ids from the model's tokenizer (random ids when it has none), pooled as the
+    model's assets say. Nothing is downloaded, and no code is run from the folder: its modeling_flaxcompress.py must
+    equal this version's, which is run in its place.
+
+    Args:
+      folder: what `save` or `export_dense` wrote for this model.
+      sentences: texts to compare on; by default four of different lengths.
+
+    Returns:
+      The largest difference between two components, divided by the largest component where vectors are not normalised;
+      None when torch or transformers is not installed.
+
+    Raises:
+      ValueError: the difference exceeds 1e-4 (2e-3 for a model that stores integers), or the folder's tensors or code
+        are not what they should be.
+    """
+    folder = Path(folder)
+    if any(util.find_spec(name) is None for name in ("torch", "transformers")):
+        return None
+    pooling = model.assets.pooling or Pooling()
+    ids, mask = _batch(model, sentences)
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(_sentence_vectors(model.params, ids, mask, model.config, jnp.float32, pooling))
+        got = np.asarray(pool(jnp.asarray(_torch_states(folder, ids, mask)), jnp.asarray(mask), pooling))
+    difference = float(np.abs(got - want).max())
+    if not pooling.normalize:
+        difference /= max(float(np.abs(want).max()), 1e-12)
+    tolerance = _tolerance(model)
+    if not difference <= tolerance:  # NaN is refused too
+        raise ValueError(
+            f"{folder}: PyTorch's sentence vectors differ from the model's by {difference:.2e}, more than the "
+            f"{tolerance:.0e} that rounding explains; write the folder anew, and report it if that does not help"
+        )
+    return difference
+
+
+_sentence_vectors = functools.partial(jax.jit, static_argnums=(3, 4, 5))(sentence_vectors)
+
+
+def _tolerance(model: Model) -> float:
+    integers = any(np.dtype(leaf.dtype).kind in "iu" for leaf in jax.tree.leaves(model.params))
+    return INTEGER_TOLERANCE if integers else FLOAT_TOLERANCE
+
+
+def _batch(model: Model, sentences: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """ids and mask [B, T] of the sentences, or of random tokens when the model has no tokenizer."""
+    if isinstance(sentences, str):
+        sentences = [sentences]
+    if model.assets.has_tokenizer:
+        rows = model.assets.tokenize(SENTENCES if sentences is None else sentences).ids
+    elif sentences is not None:
+        raise ValueError("check_folder: sentences were given, but the model has no tokenizer; leave them out")
+    else:
+        limit, rng = model.config.positions, np.random.default_rng(0)
+        lengths = sorted({1, min(5, limit), min(48, limit)})
+        rows = [rng.integers(0, model.config.vocabulary, n).tolist() for n in lengths]
+    if not rows:
+        raise ValueError("check_folder: no sentences to compare on; give at least one")
+    return pad_ids(rows, max(map(len, rows)), len(rows), model.config.pad_token)
+
+
+def _torch_states(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """last_hidden_state [B, T, D] of the folder's model in PyTorch, on the CPU in float32."""
+    import torch
+    import transformers
+
+    hf = storage.read_json(folder / "config.json")
+    if hf.get("model_type") == MODEL_TYPE:
+        network = _own_class(folder)
+    else:
+        network = getattr(transformers, (hf.get("architectures") or ["AutoModel"])[0])
+    with _quiet():
+        net, info = network.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    wrong = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+    wrong += sorted(name for name in info["unexpected_keys"] if "pooler." not in name)
+    if wrong:
+        raise ValueError(f"{folder}: tensors that {network.__name__} misses or does not know: {', '.join(wrong[:4])}")
+    with torch.no_grad():
+        out = net.eval().base_model(
+            input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask, dtype=torch.long)
+        )
+    return out.last_hidden_state.numpy()
+
+
+def _own_class(folder: Path) -> Any:
+    name = f"{CODE}.py"
+    code = resources.files("flaxcompress.export").joinpath(name).read_bytes()
+    if not (folder / name).is_file() or (folder / name).read_bytes() != code:
+        raise ValueError(
+            f"{folder / name}: missing, or not this version's file; save the model again with this version"
+        )
+    return import_module(f"flaxcompress.export.{CODE}").FlaxCompressModel
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bar and its report on a missing pooler."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,83 @@
+"""Low-rank approximation of matrices under a metric; float64 on the host, where these sizes take milliseconds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Factors(NamedTuple):
+    """left [n, R] · right [R, m] and the spectrum that was cut.
+
+    `spectrum` holds all singular values in the metric, so that the squared error is the sum of the tail's squares.
+    """
+
+    left: Float[np.ndarray, "n R"]
+    right: Float[np.ndarray, "R m"]
+    spectrum: Float[np.ndarray, " k"]
+
+
+def _check_rank(rank: int, n: int, m: int) -> None:
+    if not 1 <= rank <= min(n, m):
+        raise ValueError(f"rank {rank} is not in 1 … {min(n, m)} for a {n}×{m} matrix")
+
+
+def output_pca(
+    weight: Float[np.ndarray, "n m"], rank: int, second_moment: Float[np.ndarray, "n n"] | None = None
+) -> Factors:
+    """The rank-R matrix A·B that minimises E‖x(W - AB)‖², x with second moment C = E[xᵀx].
+
+    B holds the leading eigenvectors of WᵀCW and A = WBᵀ: the output-PCA form of whitened SVD, equal to
+    SVD(LᵀW) with C = LLᵀ (SVD-LLM, Wang et al. 2024), but without Cholesky or inverse, so safe when C is singular.
+    C = None is the identity: the plain truncated SVD (Eckart & Young 1936).
+
+    Raises ValueError for a rank outside 1 … min(n, m).
+    """
+    w = np.asarray(weight, np.float64)
+    _check_rank(rank, *w.shape)
+    gram = w.T @ w if second_moment is None else w.T @ np.asarray(second_moment, np.float64) @ w
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    right = vectors[:, ::-1][:, :rank].T
+    return Factors(w @ right.T, right, np.sqrt(np.maximum(values[::-1], 0.0)))
+
+
+def row_weighted_svd(
+    table: Float[np.ndarray, "V D"], rank: int, weights: Float[np.ndarray, " V"] | None = None
+) -> Factors:
+    """The rank-R table A·B that minimises Σ_v w_v ‖E_v - A_v B‖² (GroupReduce, Chen et al. 2018, eq. 2).
+
+    B is orthonormal, so that A = EBᵀ; zero weights are allowed.
+    """
+    e = np.asarray(table, np.float64)
+    _check_rank(rank, *e.shape)
+    weighted = e if weights is None else e * np.asarray(weights, np.float64)[:, None]
+    gram = e.T @ weighted
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    right = vectors[:, ::-1][:, :rank].T
+    return Factors(e @ right.T, right, np.sqrt(np.maximum(values[::-1], 0.0)))
+
+
+def two_sided_svd(
+    weight: Float[np.ndarray, "n m"], rank: int, rows: Float[np.ndarray, " n"], columns: Float[np.ndarray, " m"]
+) -> Factors:
+    """The truncated SVD of diag(√rows)·W·diag(√columns), undone: a diagonal Fisher metric (FWSVD, Hsu et al. 2022).
+
+    `rows` and `columns` are positive weights; values below 1e-6 of their mean are raised to it.
+    """
+    w = np.asarray(weight, np.float64)
+    _check_rank(rank, *w.shape)
+    left = np.sqrt(np.maximum(rows, 1e-6 * np.mean(rows)))
+    right = np.sqrt(np.maximum(columns, 1e-6 * np.mean(columns)))
+    u, s, vt = np.linalg.svd(left[:, None] * w * right, full_matrices=False)
+    return Factors(u[:, :rank] * s[:rank] / left[:, None], vt[:rank] / right, s)
+
+
+def rank_for_energy(spectrum: Float[np.ndarray, " k"], energy: float) -> int:
+    """The smallest rank whose leading singular values hold the fraction `energy` of the sum of squares."""
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must lie in (0, 1], got {energy}")
+    squares = np.asarray(spectrum, np.float64) ** 2
+    held = np.cumsum(squares) / squares.sum()
+    return int(np.searchsorted(held, energy - 1e-12) + 1)

@@ -1,0 +1,15 @@
+"""Fixtures that several test files use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of small public data sets, from the environment variable FLAXCOMPRESS_DATA."""
+    folder = os.environ.get("FLAXCOMPRESS_DATA")
+    if not folder:
+        pytest.skip("needs the small public data sets: set FLAXCOMPRESS_DATA to their folder")
+    return Path(folder)
