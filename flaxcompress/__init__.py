@@ -1,0 +1,47 @@
+"""flaxcompress: makes transformers smaller and faster in JAX/Flax and hands them back to PyTorch."""
+
+from flaxcompress.compress import (
+    BitsFor,
+    FactorizeEmbedding,
+    Heal,
+    LowRank,
+    Quantize,
+    Recipe,
+    TierSetting,
+    Trim,
+    compress,
+)
+from flaxcompress.config import ModelConfig, Sharing
+from flaxcompress.data import CalibrationText, calibration_text
+from flaxcompress.evaluate import Report, evaluate, profile
+from flaxcompress.export import export
+from flaxcompress.model import Model, ModelOutput, load, save
+from flaxcompress.text import Assets, Pooling
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Assets",
+    "BitsFor",
+    "CalibrationText",
+    "FactorizeEmbedding",
+    "Heal",
+    "LowRank",
+    "Model",
+    "ModelConfig",
+    "ModelOutput",
+    "Pooling",
+    "Quantize",
+    "Recipe",
+    "Report",
+    "Sharing",
+    "TierSetting",
+    "Trim",
+    "calibration_text",
+    "compress",
+    "evaluate",
+    "export",
+    "load",
+    "profile",
+    "save",
+]

@@ -67,7 +67,7 @@ def _sizes(report: Mapping[str, Any]) -> list[str]:
 
 def _fidelity(report: Mapping[str, Any]) -> list[str]:
     found = report.get("fidelity")
-    if not found:
+    if not found or found.get("mean_cosine") is None:
         return []
     return [
         "",

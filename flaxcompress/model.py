@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from flaxcompress import storage, tree
 from flaxcompress.card import model_card
 from flaxcompress.config import ModelConfig, closest
 from flaxcompress.families import FAMILIES
-from flaxcompress.formats import Format, from_tensors, materialize, nbytes, spec_of, stored_values, to_tensors
+from flaxcompress.formats import FakeQuantized, Format, from_tensors, materialize, nbytes, spec_of, stored_values, to_tensors
 from flaxcompress.nn import Transformer
-from flaxcompress.text import Assets, Pooling, pad_ids, read_assets, sentence_transformers_files
+from flaxcompress.text import Assets, Pooling, pad_ids, read_assets, sentence_transformers_files, tokenizer_config_file
 
 log = logging.getLogger("flaxcompress")
 
@@ -419,10 +419,8 @@ def _load_own(folder: Path, hf: Mapping[str, Any]) -> Model:
         array = tensors[name]
         if array.shape != tuple(leaf.shape):
             raise ValueError(f"{folder}: {name} has shape {list(array.shape)}, config.json implies {list(leaf.shape)}")
-        if (
-            (array.dtype.kind in "iub"
-            and array.dtype != leaf.dtype)
-            or (array.dtype.kind in "iub") != (np.dtype(leaf.dtype).kind in "iub")
+        if (array.dtype.kind in "iub" and array.dtype != leaf.dtype) or (array.dtype.kind in "iub") != (
+            np.dtype(leaf.dtype).kind in "iub"
         ):
             raise ValueError(f"{folder}: {name} has dtype {array.dtype}, config.json implies {leaf.dtype}")
         return array.astype(leaf.dtype)
@@ -453,7 +451,7 @@ def own_config(model: Model) -> dict[str, Any]:
     config = model.config
     return {
         "model_type": MODEL_TYPE,
-        "architectures": ["FlaxCompressModel"],
+        "architectures": ["FlaxCompressForMaskedLM" if config.head == "masked_lm" else "FlaxCompressModel"],
         "auto_map": {
             "AutoConfig": "modeling_flaxcompress.FlaxCompressConfig",
             "AutoModel": "modeling_flaxcompress.FlaxCompressModel",
@@ -479,13 +477,19 @@ def own_config(model: Model) -> dict[str, Any]:
     }
 
 
+def _is_fake(node: Any) -> bool:
+    return isinstance(node, FakeQuantized)
+
+
 def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None = None) -> None:
     """Writes the model's files into an existing folder; `save` does so atomically."""
+    if any(isinstance(n, FakeQuantized) for n in jax.tree.leaves(model.params, is_leaf=_is_fake)):
+        raise ValueError("save: the model is in training form; train.freeze_model gives the one to save")
     storage.write_tensors(folder / storage.WEIGHTS, tensors_of(model))
     config = own_config(model)
     code = resources.files("flaxcompress.export").joinpath("modeling_flaxcompress.py").read_text("utf-8")
     files: dict[str, str | bytes] = dict(model.assets.files)
-    files["tokenizer_config.json"] = json.dumps(_tokenizer_config(model.assets), indent=2)
+    files |= tokenizer_config_file(model.assets)
     files |= sentence_transformers_files(model.assets, model.config.width)
     files |= {
         "config.json": json.dumps(config, indent=2) + "\n",
@@ -497,20 +501,21 @@ def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None 
     storage.write_files(folder, files)
 
 
-def _tokenizer_config(assets: Assets) -> dict[str, Any]:
-    options = json.loads(assets.file("tokenizer_config.json") or b"{}")
-    options.setdefault("tokenizer_class", "BertTokenizer")
-    options["model_max_length"] = assets.max_length
-    return options
-
-
-def save(model: Model, out: str | Path, *, report: Any = None, overwrite: bool = False) -> Path:
+def save(
+    model: Model,
+    out: str | Path,
+    *,
+    report: Any = None,
+    overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Writes a folder that `load`, transformers (trust_remote_code) and sentence-transformers read.
 
     The folder appears whole or not at all; an existing non-empty one is replaced only with `overwrite`.
 
     Args:
       report: a `Report` or its JSON object; written as report.json and into the model card.
+      check: called with the finished folder before it takes its place; raising leaves nothing behind.
 
     Raises:
       ValueError: `out` exists and is not empty, or cannot be written.
@@ -521,6 +526,8 @@ def save(model: Model, out: str | Path, *, report: Any = None, overwrite: bool =
         write_model(model, folder, report=data)
         if hasattr(report, "to_html"):
             (folder / "report.html").write_text(report.to_html(), "utf-8")
+        if check is not None:
+            check(folder)
     return out
 
 

@@ -118,13 +118,25 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
+def _metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    sums = json.dumps({name: checksum(array) for name, array in arrays.items()})
+    return {"format": "pt", "flaxcompress.crc32": sums}
+
+
+def file_size(tensors: Mapping[str, np.ndarray]) -> int:
+    """The size in bytes of the file that `write_tensors` would write."""
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    return len(save(arrays, metadata=_metadata(arrays)))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file that PyTorch reads, with a checksum of every tensor in its metadata."""
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    sums = json.dumps({name: checksum(array) for name, array in arrays.items()})
-    save_file(arrays, path, metadata={"format": "pt", "flaxcompress.crc32": sums})
+    save_file(arrays, path, metadata=_metadata(arrays))
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

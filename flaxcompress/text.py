@@ -242,6 +242,16 @@ def _licence(folder: Path) -> str:
     return ""
 
 
+def tokenizer_config_file(assets: Assets) -> dict[str, str]:
+    """{"tokenizer_config.json": text} with the class and length limit that transformers reads; empty without tokenizer."""
+    if not assets.has_tokenizer:
+        return {}
+    options = json.loads(assets.file("tokenizer_config.json") or b"{}")
+    options.setdefault("tokenizer_class", "BertTokenizer")
+    options["model_max_length"] = assets.max_length
+    return {"tokenizer_config.json": json.dumps(options, indent=2)}
+
+
 def sentence_transformers_files(assets: Assets, width: int) -> dict[str, str]:
     """{path: text} of modules.json and what it names, for a saved folder; empty when the source had no pooling."""
     if assets.pooling is None:

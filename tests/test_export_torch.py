@@ -53,10 +53,15 @@ def bucketed(*tiers):
     return {"kind": "bucketed", "tiers": [{"rows": rows, "format": spec} for rows, spec in tiers]}
 
 
+def banded(*bands, **options):
+    return {"kind": "banded", "bands": [list(band) for band in bands], **options}
+
+
 DENSE = {"kind": "dense"}
+HALF = {"kind": "dense", "dtype": "float16"}
 MATRIX_SPECS = {
     "dense": DENSE,
-    "dense-fp16": {"kind": "dense", "dtype": "float16"},
+    "dense-fp16": HALF,
     "dense-bf16": {"kind": "dense", "dtype": "bfloat16"},
     **{f"int{b}-{g}": quantized(b, g) for b in (8, 4, 3, 2) for g in (None, 16, 5)},
     "int4-scale32": quantized(4, 7, scale_dtype="float32"),
@@ -64,13 +69,18 @@ MATRIX_SPECS = {
     "defaults": {"kind": "quantized"},
     "low_rank": low_rank(5),
     "low_rank-int": low_rank(5, quantized(8), quantized(3, 4)),
-    "low_rank-nested": low_rank(7, low_rank(3, quantized(2, 2)), {"kind": "dense", "dtype": "float16"}),
+    "low_rank-nested": low_rank(7, low_rank(3, quantized(2, 2)), HALF),
 }
 TABLE_SPECS = {
     "two-tiers": bucketed((30, DENSE), (67, quantized(4, 16))),
-    "nested-tiers": bucketed((10, low_rank(6, quantized(3, 4), quantized(8))), (40, low_rank(2)), (47, quantized(2))),
+    "nested-tiers": bucketed(
+        (10, low_rank(6, quantized(3, 4), quantized(8))), (40, low_rank(2)), (47, low_rank(4, banded((2, 4), (2, 1))))
+    ),
     "six-tiers": bucketed((1, DENSE), (6, quantized(8)), (20, quantized(4)), (20, DENSE), (20, DENSE), (30, DENSE)),
     "one-tier": bucketed((97, quantized(8))),
+    "banded": banded((3, 8), (5, 4), (5, 3), (5, 2), (3, 1), (3, 0)),
+    "banded-float32": banded((24, 2), scale_dtype="float32"),
+    "banded-factor": low_rank(9, banded((2, 4), (4, 0), (3, 1)), quantized(8)),
 }
 CASES = [(name, spec, table) for name, spec in MATRIX_SPECS.items() for table in (False, True)]
 CASES += [(name, spec, True) for name, spec in TABLE_SPECS.items()]
@@ -123,7 +133,7 @@ def test_every_format_computes_what_ours_does(spec, table):
         close(modeling.matmul(torch.tensor(x), holder.w), formats.matmul(x, node), terms=n, depth=3)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_unpacking_is_the_inverse_of_packing(bits):
     for count in (1, 3, 8, 19):
         codes = np.random.default_rng(count).integers(0, 2**bits, (3, count))
@@ -137,7 +147,7 @@ def test_every_registered_format_has_a_class_in_pytorch():
 
 
 def test_an_unknown_format_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'wavelet' is not among \['bucketed', .*newer flaxcompress"):
+    with pytest.raises(ValueError, match=r"'wavelet' is not among \[.*'dense', .*newer flaxcompress"):
         modeling.build({"kind": "wavelet"}, (2, 2), False)
 
 
@@ -163,7 +173,8 @@ STRUCTURES = {
             (r"layers/0/attention/(query|key)/kernel", quantized(3, 16)),
             (r"layers/1/attention/.*/kernel", quantized(2, 5)),
             (r".*/up/kernel", low_rank(6, quantized(8), quantized(4, 5))),
-            (r".*/down/kernel", {"kind": "dense", "dtype": "float16"}),
+            (r".*/down/kernel", HALF),
+            (r"(embedding/norm|layers/1)/.*/?(bias|scale)|head/bias", HALF),
             ("head/transform/kernel", {"kind": "dense", "dtype": "bfloat16"}),
         ),
         "sharing": Sharing(attention=(0, 0, 1), feed_forward=(0, 1, 0), norms=(0, 1, 2)),

@@ -1,0 +1,31 @@
+"""Compression: one file per method. A new method is one file and one import here."""
+
+from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
+from flaxcompress.compress.heal import Heal
+from flaxcompress.compress.low_rank import LowRank
+from flaxcompress.compress.quantize import BitsFor, Quantize
+from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
+from flaxcompress.compress.run import compress
+from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
+from flaxcompress.compress.tiers import TierSetting
+from flaxcompress.compress.trim import Trim
+
+__all__ = [
+    "BitsFor",
+    "Calibration",
+    "Context",
+    "FactorizeEmbedding",
+    "Heal",
+    "LowRank",
+    "Plan",
+    "Quantize",
+    "Recipe",
+    "Step",
+    "TierSetting",
+    "Trim",
+    "compress",
+    "known_steps",
+    "recipe_names",
+    "step_from_json",
+]

@@ -21,7 +21,7 @@ from flaxcompress.progress import progress_bar
 from flaxcompress.text import Assets, Pooling, pad_ids
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids [B, T] int32, mask [B, T] bool
-_LENGTHS = (16, 32, 64, 128, 256, 512)
+_LENGTHS = (32, 64, 128, 256, 512)
 
 
 class Calibration:
@@ -32,7 +32,7 @@ class Calibration:
       rows: token ids of the calibration sentences, cut at `max_length` tokens.
     """
 
-    def __init__(self, text: CalibrationText, assets: Assets, *, vocabulary: int, max_length: int = 128):
+    def __init__(self, text: CalibrationText, assets: Assets, *, vocabulary: int, max_length: int = 64):
         self.text = text
         self.vocabulary = vocabulary
         limit = min(max_length, assets.max_length)

@@ -19,12 +19,24 @@ from flaxcompress.compress.rounding import round_banded
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.tiers import TierSetting, basis_bytes, choose_layout, left_spec, row_bytes, token_weights
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import Banded, BandedSpec, Bucketed, BucketedSpec, DenseSpec, LowRank, LowRankSpec, QuantizedSpec, Tier, materialize
+from flaxcompress.formats import (
+    Banded,
+    BandedSpec,
+    Bucketed,
+    BucketedSpec,
+    DenseSpec,
+    LowRank,
+    LowRankSpec,
+    QuantizedSpec,
+    Tier,
+    materialize,
+)
 from flaxcompress.formats.banded import Bands
 from flaxcompress.model import Model, replace_matrices
 from flaxcompress.text import Assets
 
 TOKEN = "embedding/token"
+_SIZES = ("rank", "keep", "tiers", "target_bytes", "average_bits")
 
 
 @register_step
@@ -36,7 +48,8 @@ class FactorizeEmbedding(Step):
       rank: R for all rows, or
       keep: the fraction of the table's parameters that the factors may hold, or
       tiers: rows, rank and bits of each tier, heaviest tokens first, or
-      target_bytes: finds up to `max_tiers` tiers of banded coefficients by itself (see `tiers.choose_layout`).
+      target_bytes, or
+      average_bits (bits per value of the dense table): finds up to `max_tiers` tiers of banded coefficients by itself (see `tiers.choose_layout`).
 
     Attributes:
       weighting: how an error in a row counts. "frequency": by the token's weight, from the calibration text and the
@@ -52,6 +65,7 @@ class FactorizeEmbedding(Step):
     keep: float | None = None
     tiers: tuple[TierSetting, ...] | None = None
     target_bytes: int | None = None
+    average_bits: float | None = None
     max_tiers: int = 8
     weighting: Literal["frequency", "none", "fisher"] = "frequency"
     prior: Literal["zipf", "uniform"] = "zipf"
@@ -59,24 +73,26 @@ class FactorizeEmbedding(Step):
     allow_larger: bool = False
 
     def __post_init__(self):
-        given = [n for n in ("rank", "keep", "tiers", "target_bytes") if getattr(self, n) is not None]
+        given = [n for n in _SIZES if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"FactorizeEmbedding: give one of rank, keep, tiers and target_bytes, got {', '.join(given) or 'none'}"
-            )
+            raise ValueError(f"FactorizeEmbedding: give one of {', '.join(_SIZES)}; got {', '.join(given) or 'none'}")
         if not 0 < self.power <= 2:
             raise ValueError(f"FactorizeEmbedding: power {self.power} must lie in (0, 2]")
 
+    def _budget(self, shape: tuple[int, int]) -> int | None:
+        """Bytes of the searched layout, or None when the layout is given."""
+        if self.average_bits is not None:
+            return int(shape[0] * shape[1] * self.average_bits / 8)
+        return self.target_bytes
+
     def _settings(self, shape: tuple[int, int]) -> list[TierSetting]:
-        """The tiers with all rows filled in; for `target_bytes`, one tier of the largest 4-bit rank that fits."""
+        """The tiers with all rows filled in; for a searched layout, one tier that takes its bytes."""
         vocabulary, width = shape
-        if self.target_bytes is not None:
-            rank = rank_within(self.target_bytes, vocabulary, width)
+        if (budget := self._budget(shape)) is not None:
+            rank = rank_within(budget, vocabulary, width)
             return [TierSetting(rows=vocabulary, rank=rank, bits=2)]
         if self.tiers is None:
-            return [
-                TierSetting(rows=vocabulary, rank=rank_for(shape, self.rank, self.keep, self.allow_larger, TOKEN))
-            ]
+            return [TierSetting(rows=vocabulary, rank=rank_for(shape, self.rank, self.keep, self.allow_larger, TOKEN))]
         known = sum(t.rows or 0 for t in self.tiers)
         open_tiers = [t for t in self.tiers if t.rows is None]
         if len(open_tiers) > 1 or known > vocabulary or (not open_tiers and known != vocabulary):
@@ -108,15 +124,15 @@ class FactorizeEmbedding(Step):
         table = np.asarray(materialize(tree.flatten(model.params)[TOKEN]), np.float64)
         metric = None
         weights = np.full(len(table), 1.0 / len(table))
-        if self.weighting != "none" or self.target_bytes is not None or len(self.tiers or ()) > 1:
+        if self.weighting != "none" or self._budget((1, 1)) is not None or len(self.tiers or ()) > 1:
             counts = context.need(self).token_counts
             start = first_ordinary_token(model.assets)
             weights = token_weights(counts, start=start, prior=self.prior, power=self.power)
         if self.weighting == "fisher":
             metric = context.need(self).token_gradient_moment(model)
         basis = metric_root(metric, table.shape[1])
-        if self.target_bytes is not None:
-            node, spectrum = banded_table(table, weights, basis, self.target_bytes, self.max_tiers, key)
+        if (budget := self._budget((table.shape[0], table.shape[1]))) is not None:
+            node, spectrum = banded_table(table, weights, basis, budget, self.max_tiers, key)
             context.keep_spectrum(TOKEN, spectrum, node.rank)
             return replace_matrices(model, {TOKEN: node})
         settings = self._settings((table.shape[0], table.shape[1]))
@@ -139,7 +155,7 @@ class FactorizeEmbedding(Step):
 
 
 def rank_within(target_bytes: int, vocabulary: int, width: int) -> int:
-    """The largest 2-bit rank that fits: an upper bound of the searched layout's bytes. ValueError when none does."""
+    """The largest 2-bit rank that fits: as many bytes as the searched layout may take. ValueError when none does."""
     for rank in range(width, 0, -1):
         if vocabulary * row_bytes(rank, 2) + basis_bytes(rank, width, 2) <= target_bytes:
             return rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from flaxcompress.compress.calibrate import Batch, dense_model, moments_of
 from flaxcompress.compress.rounding import gptq, round_rows
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, materialize
+from flaxcompress.formats import Bucketed, Format, LowRank, Quantized, QuantizedSpec, materialize
 from flaxcompress.formats.base import parse_spec, spec_of
 from flaxcompress.model import Model, abstract_flat, compute_dtype, replace_matrices
 from flaxcompress.nn import INPUTS, Layer, layer_sets
@@ -57,6 +58,15 @@ def compress_matrix(
     return Quantized.from_levels(levels, scale, spec, table=table)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitsFor:
+    """Other bits (and group) for the matrices that `pattern` matches in full."""
+
+    pattern: str
+    bits: int
+    group: int | None = None
+
+
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize(Step):
@@ -69,6 +79,7 @@ class Quantize(Step):
       rounding: "gptq" rounds layer after layer on the inputs that the compressed prefix gives, each column making up
         for the errors before it; "mse" picks scales of least squared error; "nearest" is the plain baseline. Tables,
         and kernels outside the layers, have no error to pass on: "gptq" means "mse" for them.
+      overrides: other bits for some of the matrices, the first match winning; all are rounded in one sequence.
       scale_dtype: how scales are stored.
       sentences: calibration sentences for "gptq".
     """
@@ -79,30 +90,33 @@ class Quantize(Step):
     group: int | None = None
     pattern: str = r".*/kernel|embedding/(token|position|segment)"
     rounding: Rounding = "gptq"
+    overrides: tuple[BitsFor, ...] = ()
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     sentences: int = 768
 
-    @property
-    def spec(self) -> QuantizedSpec:
-        """The format of the result."""
+    def spec_for(self, address: str) -> QuantizedSpec:
+        """The format that the matrix at `address` gets."""
+        for override in self.overrides:
+            if re.fullmatch(override.pattern, address):
+                return QuantizedSpec(bits=override.bits, group=override.group, scale_dtype=self.scale_dtype)
         return QuantizedSpec(bits=self.bits, group=self.group, scale_dtype=self.scale_dtype)
 
     def __post_init__(self):
-        _ = self.spec  # its own checks
+        for bits, group in [(self.bits, self.group), *((o.bits, o.group) for o in self.overrides)]:
+            QuantizedSpec(bits=bits, group=group, scale_dtype=self.scale_dtype)  # its own checks
 
     def _addresses(self, flat: dict[str, Any]) -> list[str]:
         matrices = [a for a in flat if a.endswith("/kernel") or a in _TABLES]
-        return tree.select(matrices, self.pattern, where="Quantize/pattern")
-
-    def _new_spec(self, node: Any) -> dict[str, Any]:
-        """Dense parts of `node` become quantized; low-rank factors one by one; what is quantized stays."""
-        spec = spec_of(node).to_json()
-        return _quantize_spec(spec, self.spec.to_json())
+        chosen = tree.select(matrices, self.pattern, where="Quantize/pattern")
+        for override in self.overrides:
+            tree.select(chosen, override.pattern, where="Quantize/overrides")
+        return chosen
 
     def plan(self, config: ModelConfig) -> ModelConfig:
         flat = abstract_flat(config)
         for address in self._addresses(flat):
-            config = config.with_format(address, self._new_spec(flat[address]))
+            new = _quantize_spec(spec_of(flat[address]).to_json(), self.spec_for(address).to_json())
+            config = config.with_format(address, new)
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
@@ -114,35 +128,33 @@ class Quantize(Step):
             changes = self._sequential(model, context, set(in_layers))
         for address in chosen:
             if address not in changes:
-                changes[address] = self._alone(flat[address], table=address in _TABLES)
+                changes[address] = self._alone(flat[address], self.spec_for(address), table=address in _TABLES)
         return replace_matrices(model, changes)
 
-    def _alone(self, node: Any, *, table: bool) -> Any:
-        """Quantizes one matrix, or the dense parts of a composed format, by itself."""
-        kind: Rounding = "nearest" if self.rounding == "nearest" else "mse"
+    def _alone(self, node: Any, spec: QuantizedSpec, *, table: bool) -> Any:
+        """Quantizes the dense parts of one matrix by themselves; what is quantized already stays."""
         if isinstance(node, LowRank):
-            left, right = self._alone(node.left, table=table), self._alone(node.right, table=False)
-            return LowRank(left=left, right=right)
+            left = self._alone(node.left, spec, table=table)
+            return LowRank(left=left, right=self._alone(node.right, spec, table=False))
+        if isinstance(node, Bucketed):
+            tiers = tuple(self._alone(t, spec, table=table) for t in node.tiers)
+            return Bucketed(tiers=tiers, assignment=node.assignment)
         if isinstance(node, Format):
-            if hasattr(node, "tiers"):
-                tiers = tuple(self._alone(t, table=table) for t in node.tiers)
-                return node.replace(tiers=tiers)  # pyright: ignore[reportAttributeAccessIssue]
             return node
-        return compress_matrix(node, self.spec, table=table, rounding=kind)
+        kind: Rounding = "nearest" if self.rounding == "nearest" else "mse"
+        return compress_matrix(node, spec, table=table, rounding=kind)
 
-    def _with_moments(self, node: Any, moments: Any) -> Any:
-        if isinstance(node, LowRank) and not isinstance(node.left, Format):
-            # The right factor reads x·left, whose second moment is leftᵀ·C·left (with the rounded left).
-            left = compress_matrix(node.left, self.spec, table=False, rounding="gptq", moments=moments)
-            inner = materialize(left)
-            right = node.right
-            if not isinstance(right, Format):
-                carried = inner.T @ jnp.asarray(moments) @ inner
-                right = compress_matrix(right, self.spec, table=False, rounding="gptq", moments=carried)
-            return LowRank(left=left, right=right)
+    def _with_moments(self, node: Any, spec: QuantizedSpec, moments: Any) -> Any:
+        """Quantizes one kernel by GPTQ; of a low-rank one the factors in turn."""
+        if isinstance(node, LowRank):
+            left = self._with_moments(node.left, spec, moments)
+            inner = materialize(left)  # the right factor reads x·left
+            return LowRank(
+                left=left, right=self._with_moments(node.right, spec, inner.T @ jnp.asarray(moments) @ inner)
+            )
         if isinstance(node, Format):
-            return self._alone(node, table=False)
-        return compress_matrix(node, self.spec, table=False, rounding="gptq", moments=moments)
+            return node
+        return compress_matrix(node, spec, table=False, rounding="gptq", moments=moments)
 
     def _sequential(self, model: Model, context: Context, chosen: set[str]) -> dict[str, Any]:
         calibration = context.need(self)
@@ -153,7 +165,7 @@ class Quantize(Step):
         def visit(address: str, moments: Any) -> Any:
             if address not in chosen:
                 return None
-            changes[address] = self._with_moments(flat[address], moments)
+            changes[address] = self._with_moments(flat[address], self.spec_for(address), moments)
             return materialize(changes[address])
 
         walk_layers(model, batches, visit, progress=context.progress)
@@ -232,5 +244,3 @@ def _layer_tree(flat: tree.Flat, sets: dict[str, int]) -> dict[str, Any]:
         chosen = {a.removeprefix(prefix): node for a, node in flat.items() if a.startswith(prefix)}
         params[part] = tree.nest(chosen)
     return params
-
-

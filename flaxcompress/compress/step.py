@@ -62,6 +62,11 @@ class Step:
         """The step's name in recipes and reports."""
         return type(self).__name__
 
+    def resolve(self, model: Model) -> Step:
+        """This step with settings that depend on the model's assets filled in; `plan` needs no model afterwards."""
+        del model
+        return self
+
     def plan(self, config: ModelConfig) -> ModelConfig:
         """The structure after this step, without touching weights. Raises ValueError when the step does not fit."""
         raise NotImplementedError(f"{self.name}.plan")

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from flaxcompress.formats import QuantizedSpec
 from flaxcompress.formats.banded import GAUSSIAN_LOSS, Bands, band_bytes
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TierSetting:
     """One tier: how many rows (None: all that are left), their rank, and bits of the row factor (None: float32)."""

@@ -20,17 +20,26 @@ class Trim(Step):
     """Cuts the position table to `positions` rows, drops the pooler, and stores small tables and vectors in 16 bits.
 
     Attributes:
-      positions: rows to keep; None keeps all. Longer inputs are refused afterwards, as `encode`'s limit already does.
-      pooler: "drop" or "keep". Sentence vectors pooled by mean, max or the first token never read it.
+      positions: rows to keep; "limit" is the checkpoint's length limit, None keeps all. Longer inputs are refused
+        afterwards; `encode` cuts them at the limit anyway.
+      pooler: "drop", "keep", or "unused": dropped when the checkpoint has a sentence pooling, which never reads it.
       dtype: storage of biases, norms, positions and segments; None leaves them as they are.
     """
 
-    positions: int | None = None
-    pooler: Literal["keep", "drop"] = "keep"
+    positions: int | Literal["limit"] | None = None
+    pooler: Literal["keep", "drop", "unused"] = "keep"
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
 
+    def resolve(self, model: Model) -> Trim:
+        positions, pooler = self.positions, self.pooler
+        if positions == "limit":
+            positions = min(model.assets.max_length, model.config.positions)
+        if pooler == "unused":
+            pooler = "keep" if model.assets.pooling is None else "drop"
+        return dataclasses.replace(self, positions=positions, pooler=pooler)
+
     def plan(self, config: ModelConfig) -> ModelConfig:
-        if self.positions is not None:
+        if isinstance(self.positions, int):
             if not 1 <= self.positions <= config.positions:
                 raise ValueError(f"Trim: positions {self.positions} is not in 1 … {config.positions}")
             config = config.replace(positions=self.positions)
@@ -42,11 +51,13 @@ class Trim(Step):
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
+        if (resolved := self.resolve(model)) != self:
+            return resolved(model, context, key=key)
         config = self.plan(model.config)
         flat = tree.flatten(model.params)
         if self.pooler == "drop":
             flat = {a: n for a, n in flat.items() if not a.startswith("pooler/")}
-        if self.positions is not None:
+        if isinstance(self.positions, int):
             flat["embedding/position"] = materialize(flat["embedding/position"])[: self.positions]
         if self.dtype is not None:
             for address in flat:
@@ -54,5 +65,3 @@ class Trim(Step):
                     flat[address] = materialize(flat[address]).astype(self.dtype)
         assets = dataclasses.replace(model.assets, max_length=min(model.assets.max_length, config.positions))
         return Model(params=tree.unflatten(flat), config=config, assets=assets)
-
-

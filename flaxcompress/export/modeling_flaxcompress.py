@@ -62,20 +62,22 @@ def stored(dtype):
     return None if dtype == "float32" else getattr(torch, dtype)
 
 
+PER_WORD = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}  # codes in one word of whole bytes, by bits
+OFFSET = {1: 0.5, 2: 1.5, 3: 3.5, 4: 8.0, 8: 128.0}  # code - level of packed codes, by bits
+
+
 def unpack(packed, bits, count):
     """The first `count` codes of every row of bytes, int32; the first code lies in the lowest bits."""
-    per_word = {2: 4, 3: 8, 4: 2}[bits]
-    n_bytes = per_word * bits // 8
+    n_bytes = PER_WORD[bits] * bits // 8
     parts = packed.unflatten(-1, (-1, n_bytes)).to(torch.int32)
     words = sum(parts[..., i] << (8 * i) for i in range(n_bytes))
-    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(per_word)], -1)
+    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(PER_WORD[bits])], -1)
     return codes.flatten(-2)[..., :count]
 
 
 def packed_width(count, bits):
     """Bytes that `count` codes take in one row."""
-    per_word = {2: 4, 3: 8, 4: 2, 8: 1}[bits]
-    return -(-count // per_word) * per_word * bits // 8
+    return -(-count // PER_WORD[bits]) * PER_WORD[bits] * bits // 8
 
 
 def dense(spec, shape, table):
@@ -102,46 +104,77 @@ class LowRank(nn.Module):
         return matmul(take(self.left, ids), self.right)
 
 
-OFFSETS = {8: 0.0, 4: 8.0, 3: 3.5, 2: 1.5}  # code - level, by bits
+class Rows(nn.Module):
+    """A matrix held as coded rows: the rows of a table, or the outputs of a kernel (so that W is rowsᵀ).
 
-
-class Quantized(nn.Module):
-    """Integers times scales, w = (code - offset)·scale, one scale per group of neighbours in a row.
-
-    Rows are the outputs of a kernel (so W is rowsᵀ) or the rows of a table; 8 bits are int8, fewer are packed.
+    A subclass stores `values` [rows, bytes] and `scale` [rows, groups], and defines `decode`.
     """
 
-    def __init__(self, spec, shape, table):
+    def __init__(self, spec, table, rows, row_bytes, groups=1, integer=torch.uint8):
         super().__init__()
-        self.bits, self.group, self.table = spec.get("bits", 8), spec.get("group"), table
-        rows, self.columns = shape if table else shape[::-1]
-        groups = -(-self.columns // self.group) if self.group else 1
-        integer = torch.int8 if self.bits == 8 else torch.uint8
-        self.register_buffer("values", torch.zeros(rows, packed_width(self.columns, self.bits), dtype=integer))
+        self.table = table
+        self.register_buffer("values", torch.zeros(rows, row_bytes, dtype=integer))
         self.scale = nn.Parameter(torch.zeros(rows, groups, dtype=getattr(torch, spec.get("scale_dtype", "float16"))))
 
-    def dequantize(self, values, scale):
-        codes = values if self.bits == 8 else unpack(values, self.bits, self.columns)
-        scale = scale.float()
-        if self.group:
-            scale = scale.repeat_interleave(self.group, -1)[..., : self.columns]
-        return (codes.float() - OFFSETS[self.bits]) * scale
+    def decode(self, values, scale):
+        """Some rows in float32 from their codes and scales."""
+        raise NotImplementedError
 
-    def rows(self, dtype):
-        return self.dequantize(self.values, self.scale).to(dtype)
+    def matrix(self, dtype):
+        """W, [n, m]."""
+        rows = self.decode(self.values, self.scale).to(dtype)
+        return rows if self.table else rows.T
 
     def forward(self, x):
-        rows = self.rows(x.dtype)
-        return x @ (rows if self.table else rows.T)
+        return x @ self.matrix(x.dtype)
 
     def attend(self, x):
-        rows = self.rows(x.dtype)
-        return x @ (rows.T if self.table else rows)
+        return x @ self.matrix(x.dtype).T
 
     def take(self, ids):
         if not self.table:
-            return F.embedding(ids, self.rows(torch.float32).T)
-        return self.dequantize(F.embedding(ids, self.values), F.embedding(ids, self.scale))
+            return F.embedding(ids, self.matrix(torch.float32))
+        return self.decode(F.embedding(ids, self.values), F.embedding(ids, self.scale))  # type: ignore
+
+
+class Quantized(Rows):
+    """w = level·scale, one scale per group of neighbours in a row; 8 bits are int8 levels, fewer are packed codes."""
+
+    def __init__(self, spec, shape, table):
+        bits, group = spec.get("bits", 8), spec.get("group")
+        rows, columns = shape if table else shape[::-1]
+        groups = -(-columns // group) if group else 1
+        integer = torch.int8 if bits == 8 else torch.uint8
+        super().__init__(spec, table, rows, packed_width(columns, bits), groups, integer)
+        self.bits, self.group, self.columns = bits, group, columns
+
+    def decode(self, values, scale):
+        scale = scale.float()
+        if self.group:
+            scale = scale.repeat_interleave(self.group, -1)[..., : self.columns]
+        if self.bits == 8:
+            return values.float() * scale
+        return (unpack(values, self.bits, self.columns).float() - OFFSET[self.bits]) * scale
+
+
+class Banded(Rows):
+    """A table w = step(bits)·level·scale: bands of columns, each with its own number of bits; one scale per row."""
+
+    STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3534, 8: 0.0310}  # noqa: RUF012
+
+    def __init__(self, spec, shape, table):
+        widths = [packed_width(columns, bits) if bits else 0 for columns, bits in spec["bands"]]
+        super().__init__(spec, table, shape[0], sum(widths))
+        self.bands = [(width, columns, bits) for width, (columns, bits) in zip(widths, spec["bands"], strict=True)]
+
+    def decode(self, values, scale):
+        parts, start = [], 0
+        for width, columns, bits in self.bands:  # a band of 0 bits is all zeros
+            codes = values[..., start : start + width]
+            zeros = scale.new_zeros(*values.shape[:-1], columns, dtype=torch.float32)
+            parts.append((unpack(codes, bits, columns) - OFFSET[bits]) * self.STEP[bits] if bits else zeros)
+            start += width
+        return torch.cat(parts, -1) * scale.float()
 
 
 class Bucketed(nn.Module):
@@ -188,7 +221,7 @@ class Bucketed(nn.Module):
         return out
 
 
-KINDS = {"dense": dense, "low_rank": LowRank, "quantized": Quantized, "bucketed": Bucketed}
+KINDS = {"dense": dense, "low_rank": LowRank, "quantized": Quantized, "banded": Banded, "bucketed": Bucketed}
 
 
 # ── the network ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,10 +243,12 @@ class FlaxCompressModel(PreTrainedModel):
     config_class = FlaxCompressConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
+    compute: torch.Tensor
 
     def __init__(self, config):
         super().__init__(config)
         c = self.structure = config.flaxcompress
+        self.register_buffer("compute", torch.empty(0), persistent=False)  # empty: only its dtype matters
         width, inner = c["width"], c["feed_forward_width"]
         self._table("embedding/token", c["vocabulary"])
         self._table("embedding/position", c["positions"])
@@ -241,28 +276,33 @@ class FlaxCompressModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         """As in transformers, but a tensor that the folder lacks is an error: there is nothing to put in its place."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{args[0] if args else cls.__name__}: {len(missing)} tensors are missing: {missing[:4]}")
         return (model, info) if output_loading_info else model
 
-    def _matrix(self, address, shape, table):
+    @property
+    def dtype(self):
+        """What activations are computed in, which some weights may be stored more narrowly than."""
+        return self.compute.dtype
+
+    def _weight(self, address, shape, table=False):
         rules = self.structure["formats"]
         spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, address)), None)
         setattr(self, address, build(spec, shape, table))
 
     def _table(self, address, rows):
-        self._matrix(address, (rows, self.structure["width"]), True)
+        self._weight(address, (rows, self.structure["width"]), table=True)
 
-    def _vector(self, address, size, value=0.0):
-        setattr(self, address, nn.Parameter(torch.full((size,), value)))
+    def _vector(self, address, size):
+        self._weight(address, (size,))
 
     def _linear(self, address, n, m):
-        self._matrix(f"{address}/kernel", (n, m), False)
+        self._weight(f"{address}/kernel", (n, m))
         self._vector(f"{address}/bias", m)
 
     def _norm(self, address):
-        self._vector(f"{address}/scale", self.structure["width"], 1.0)
+        self._vector(f"{address}/scale", self.structure["width"])
         self._vector(f"{address}/bias", self.structure["width"])
 
     def weight(self, address):
@@ -288,7 +328,7 @@ class FlaxCompressModel(PreTrainedModel):
         x = x + take(self.weight("embedding/position"), torch.arange(ids.shape[1], device=ids.device))
         if self.structure["segments"]:
             x = x + take(self.weight("embedding/segment"), torch.zeros_like(ids) if segments is None else segments)
-        return self.drop(self.norm(x, "embedding/norm").to(self.weight("embedding/norm/scale").dtype))
+        return self.drop(self.norm(x, "embedding/norm").to(self.dtype))
 
     def attention(self, x, mask, address, need_probabilities):
         """Multi-head self-attention and, when asked for, its probabilities [B, H, T, S]; mask is [B, 1, 1, S]."""
@@ -321,7 +361,8 @@ class FlaxCompressModel(PreTrainedModel):
         need_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         need_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         x = self.embed(ids, segments)
-        states, attentions = (x,), ()
+        states: tuple = (x,)
+        attentions: tuple = ()
         for layer in range(c["layers"]):
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
             y, probabilities = self.attention(x, mask, at["attention"], need_attentions)

@@ -19,7 +19,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.families import FAMILIES
 from flaxcompress.formats import materialize
 from flaxcompress.model import MODEL_TYPE, Model, pool, sentence_vectors
-from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files
+from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files, tokenizer_config_file
 
 CODE = "modeling_flaxcompress"
 FLOAT_TOLERANCE = 1e-4
@@ -59,10 +59,7 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
     with storage.new_folder(out, overwrite=overwrite) as folder:
         storage.write_tensors(folder / storage.WEIGHTS, tensors)
         files: dict[str, str | bytes] = dict(model.assets.files)
-        if model.assets.has_tokenizer:
-            options = json.loads(model.assets.file("tokenizer_config.json") or b"{}")
-            options = {"tokenizer_class": "BertTokenizer", **options, "model_max_length": model.assets.max_length}
-            files["tokenizer_config.json"] = json.dumps(options, indent=2)
+        files |= tokenizer_config_file(model.assets)
         files |= sentence_transformers_files(model.assets, config.width)
         files |= {"config.json": json.dumps(hf, indent=2) + "\n", "README.md": _card(model.assets)}
         storage.write_files(folder, files)

@@ -65,7 +65,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "intermediate_size": config.feed_forward_width,
         "max_position_embeddings": config.positions,
-        "type_vocab_size": config.segments,
+        "type_vocab_size": max(1, config.segments),  # stock BERT cannot do without
         "hidden_act": _HF_ACTIVATIONS[config.activation],
         "layer_norm_eps": config.norm_epsilon,
         "hidden_dropout_prob": config.dropout,

@@ -20,6 +20,7 @@ from flaxcompress.formats.base import (
     Spec,
     attend,
     materialize,
+    matmul_flops,
     parse_spec,
     register,
     reject_unknown,
@@ -95,6 +96,9 @@ class Bucketed(Format):
 
     def materialize(self):
         return jnp.concatenate([materialize(t) for t in self.tiers], axis=0)[self._order()]
+
+    def matmul_flops(self):
+        return sum(matmul_flops(t) for t in self.tiers)  # of `attend`
 
     def take_flops(self):
         return sum(take_flops(t) for t in self.tiers)  # every tier is read, the row's own one is kept

@@ -2,7 +2,7 @@
 
     y = s·(c + stop_gradient(round(c) - c)),   c = clip(latent/s)
 
-so that the latent gets the straight-through gradient inside the range and none outside, and the scale the gradient of
+with s = exp(log_scale), so that the latent gets the straight-through gradient inside the range and none outside, and the scale the gradient of
 learned step sizes (LSQ, Esser et al. 2020, eq. 3). `freeze` returns the integer format that computes the same.
 """
 
@@ -22,10 +22,13 @@ from flaxcompress.formats.quantized import Quantized, spread_scale, top_level
 
 @flax.struct.dataclass
 class FakeQuantized(Format):
-    """`latent` [rows, n] and `scale` [rows, groups], float32; rounds as `target` says."""
+    """`latent` [rows, n] and `log_scale` [rows, groups], float32; rounds as `target` says.
+
+    Scales are trained in the logarithm: one learning rate then suits them all, and none turns negative.
+    """
 
     latent: Any
-    scale: Any
+    log_scale: Any
     target: Any = flax.struct.field(pytree_node=False)  # QuantizedSpec or BandedSpec
     transposed: bool = flax.struct.field(pytree_node=False)
 
@@ -45,8 +48,9 @@ class FakeQuantized(Format):
         bits = self.target.bits
         return np.float32(1.0), np.float32(top_level(bits)), np.float32(0.0 if bits >= 4 else 0.5)
 
-    def _spread(self, scale, columns: int):
-        stored = scale.astype(self.target.scale_dtype).astype(jnp.float32)
+    def _spread(self, log_scale, columns: int):
+        scale = jnp.exp(log_scale)
+        stored = jnp.where(scale < 1e-29, 0.0, scale).astype(self.target.scale_dtype).astype(jnp.float32)
         stored = scale + jax.lax.stop_gradient(stored - scale)
         if isinstance(self.target, BandedSpec):
             return stored
@@ -59,14 +63,14 @@ class FakeQuantized(Format):
         level = jnp.clip(jnp.round(inside - shift) + shift, -top, top)
         return inside, level, step
 
-    def _decode(self, latent, scale):
-        spread = self._spread(scale, latent.shape[-1])
+    def _decode(self, latent, log_scale):
+        spread = self._spread(log_scale, latent.shape[-1])
         inside, level, step = self._levels(latent, spread)
         return (inside + jax.lax.stop_gradient(level - inside)) * step * spread
 
     def rows(self):
         """The rounded rows."""
-        return self._decode(self.latent, self.scale)
+        return self._decode(self.latent, self.log_scale)
 
     def matmul(self, x):
         return dot(x, self.rows(), 1 if self.transposed else 0)
@@ -78,7 +82,7 @@ class FakeQuantized(Format):
         if self.transposed:
             return jnp.take(self.rows().T, ids, axis=0, mode="clip")
         return self._decode(
-            jnp.take(self.latent, ids, axis=0, mode="clip"), jnp.take(self.scale, ids, axis=0, mode="clip")
+            jnp.take(self.latent, ids, axis=0, mode="clip"), jnp.take(self.log_scale, ids, axis=0, mode="clip")
         )
 
     def materialize(self):
@@ -86,11 +90,9 @@ class FakeQuantized(Format):
         return rows.swapaxes(-1, -2) if self.transposed else rows
 
     def freeze(self) -> Quantized | Banded:
-        """The integer format of the same values; a negative scale, which training may reach, moves into the codes."""
-        sign = jnp.where(self.scale < 0, -1.0, 1.0)
-        scale = jnp.abs(self.scale)
-        latent = self.latent * (sign if isinstance(self.target, BandedSpec) else self._spread(sign, self.latent.shape[-1]))
-        _, level, _ = self._levels(latent, self._spread(scale, latent.shape[-1]))
+        """The integer format of the same values."""
+        _, level, _ = self._levels(self.latent, self._spread(self.log_scale, self.latent.shape[-1]))
+        scale = jnp.where(self.log_scale < -66.0, 0.0, jnp.exp(self.log_scale))
         if isinstance(self.target, BandedSpec):
             return Banded.from_levels(level, scale, self.target)
         return Quantized.from_levels(level, scale, self.target, table=not self.transposed)
@@ -105,16 +107,14 @@ def thaw(node: Any, latent: Any = None) -> FakeQuantized:
     """
     assert isinstance(node, (Quantized, Banded))
     spec = node.spec()
-    scale = node.scale.astype(jnp.float32)
+    log_scale = jnp.log(jnp.maximum(node.scale.astype(jnp.float32), 1e-30))  # 0 stays 0 in the stored dtype
     rows = node.rows() if isinstance(node, Quantized) else node.materialize()
     transposed = isinstance(node, Quantized) and node.transposed
-    out = FakeQuantized(latent=rows, scale=scale, target=spec, transposed=transposed)
+    out = FakeQuantized(latent=rows, log_scale=log_scale, target=spec, transposed=transposed)
     if latent is None:
         return out
-    spread = out._spread(scale, rows.shape[-1])
+    spread = out._spread(log_scale, rows.shape[-1])
     step, _, _ = out._rounding(rows.shape[-1])
     reach = 0.49 * step * spread
     moved = rows + jnp.clip(jnp.asarray(latent, jnp.float32) - rows, -reach, reach)
     return out.replace(latent=moved)  # pyright: ignore[reportAttributeAccessIssue]
-
-

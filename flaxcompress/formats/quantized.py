@@ -53,7 +53,8 @@ def spread_scale(scale: Float[Array, "*B G"], columns: int, group: int | None) -
     """One scale per value: every group's scale repeated over its columns."""
     if group is None:
         return jnp.broadcast_to(scale, (*scale.shape[:-1], columns))
-    return jnp.repeat(scale, group, axis=-1, total_repeat_length=scale.shape[-1] * group)[..., :columns]
+    spread = jnp.broadcast_to(scale[..., None], (*scale.shape, group))
+    return spread.reshape(*scale.shape[:-1], -1)[..., :columns]
 
 
 def dequantize(

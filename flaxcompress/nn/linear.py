@@ -48,7 +48,10 @@ class Linear(nn.Module):
         shape = (self.in_features, self.features)
         self.kernel = weight(self, "kernel", lambda key: spec.init(key, shape, initializer, table=False))
         self.bias = weight(
-            self, "bias", vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init()), (self.features,)
+            self,
+            "bias",
+            vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init()),
+            (self.features,),
         )
 
     def record(self, x: Float[Array, "*B n"]) -> None:

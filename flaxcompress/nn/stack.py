@@ -20,7 +20,6 @@ from flaxcompress.config import PARTS, ModelConfig
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
 
-
 Record = Callable[[Any, Any], Any]
 
 
@@ -119,9 +118,7 @@ class Stack(nn.Module):
         dropout_key = None if deterministic else self.make_rng("dropout")
         hidden, attentions, recorded = [], [], []
         for segment in segments(config, layers):
-            x, outputs = self._scan(
-                segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions, record
-            )
+            x, outputs = self._scan(segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions, record)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             recorded.append((segment.first, outputs[2]))

@@ -1,0 +1,67 @@
+"""Choosing bits for a size: how the bytes are split between the layers' kernels and the token table."""
+
+from __future__ import annotations
+
+import re
+
+from flaxcompress.compress.factorize_embedding import TOKEN, FactorizeEmbedding
+from flaxcompress.compress.quantize import BitsFor, Quantize
+from flaxcompress.compress.step import Step
+from flaxcompress.compress.trim import Trim
+from flaxcompress.formats import nbytes
+from flaxcompress.model import Model, abstract_flat
+
+_KERNELS = r"layers/\d+/.*/kernel"
+_ATTENTION = r"layers/\d+/attention/.*/kernel"
+_GROUP = 64
+# (bits of attention, bits of feed-forward, least average bits of the table that go with them), finest first. The table
+# bits are where measured sentence vectors lose about as much by the table as by the kernels.
+_LADDER = ((8, 8, 5.0), (4, 4, 1.9), (4, 3, 1.6), (3, 3, 1.5), (3, 2, 1.2), (2, 2, 0.5))
+
+
+def parse_target(target: str, size: int) -> int:
+    """Bytes from "8x" (times smaller than `size`) or "10MB" (10⁶ bytes each; also KB, GB).
+
+    Raises ValueError for other spellings, and for a target that is not smaller than the model.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(x|[kmg]?b)\s*", target, re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"target {target!r}: expected a factor such as 8x or a size such as 10MB")
+    number, unit = float(found[1]), found[2].lower()
+    result = int(size / number) if unit == "x" else int(number * {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}[unit])
+    if result >= size:
+        raise ValueError(
+            f"target {target!r}: {result / 1e6:.2f} MB is not smaller than the model's {size / 1e6:.2f} MB"
+        )
+    return result
+
+
+def steps_for_target(model: Model, target_bytes: int) -> list[Step]:
+    """Steps whose result fits `target_bytes`: the finest kernels whose table still gets its share, the rest to the table.
+
+    Raises ValueError when the smallest layout is larger, naming its size.
+    """
+    trim = Trim(positions="limit", pooler="unused", dtype="float16")
+    config = trim.resolve(model).plan(model.config)
+    overhead = 40_000 if model.nbytes > 4_000_000 else 0  # the file's header, with a checksum per tensor
+    smallest = 0
+    for attention, feed_forward, least in _LADDER:
+        group = None if attention == 8 else _GROUP
+        overrides = () if attention == feed_forward else (BitsFor(pattern=_ATTENTION, bits=attention, group=group),)
+        quantize = Quantize(bits=feed_forward, group=group, pattern=_KERNELS, overrides=overrides)
+        flat = abstract_flat(quantize.plan(config))
+        table = flat[TOKEN].shape
+        values = table[0] * table[1]
+        rest = sum(nbytes(node) for address, node in flat.items() if address != TOKEN) + overhead
+        share = 8 * (target_bytes - rest) / values
+        smallest = rest + int(values * least / 8)
+        if share < least:
+            continue
+        if share >= 8.1 and attention == 8:
+            return [trim, Quantize(bits=8, pattern=rf"{_KERNELS}|{re.escape(TOKEN)}", rounding="mse")]
+        budget = min(target_bytes - rest, int(values * 7.5 / 8))
+        return [trim, FactorizeEmbedding(target_bytes=budget, weighting="fisher"), quantize]
+    raise ValueError(
+        f"target of {target_bytes / 1e6:.2f} MB cannot be reached; the smallest that these methods reach is "
+        f"{smallest / 1e6:.2f} MB"
+    )

@@ -1,0 +1,147 @@
+"""Recipes: lists of steps, from Python or YAML, and what they would do to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flaxcompress.compress.allocate import parse_target, steps_for_target
+from flaxcompress.compress.heal import Heal
+from flaxcompress.compress.step import Step, step_from_json
+from flaxcompress.config import closest, reject_unknown
+from flaxcompress.formats import nbytes
+from flaxcompress.model import Model, abstract_flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a recipe would store, step by step, computed without touching a weight.
+
+    Attributes:
+      before: bytes of the model's tensors now.
+      steps: (name, bytes of the tensors afterwards); upper bounds where a size depends on the data.
+    """
+
+    before: int
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def after(self) -> int:
+        """Bytes after the last step."""
+        return self.steps[-1][1] if self.steps else self.before
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        steps = [{"name": name, "bytes": size} for name, size in self.steps]
+        return {"before": self.before, "after": self.after, "steps": steps}
+
+    def table(self) -> Any:
+        """A rich table."""
+        from rich.table import Table
+
+        table = Table("step", "MB", "of the original", title="plan")
+        table.add_row("original", f"{self.before / 1e6:.2f}", "1×")
+        for name, size in self.steps:
+            table.add_row(name, f"≤ {size / 1e6:.2f}", f"{self.before / size:.1f}× smaller")
+        return table
+
+    def __str__(self) -> str:
+        lines = [f"original: {self.before / 1e6:.2f} MB"]
+        lines += [f"{name}: ≤ {size / 1e6:.2f} MB" for name, size in self.steps]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Steps in order, and a line that says what they are for."""
+
+    steps: tuple[Step, ...]
+    description: str = ""
+
+    def __init__(self, steps: Sequence[Step], description: str = ""):
+        for step in steps:
+            if not isinstance(step, Step):
+                raise TypeError(f"Recipe: {step!r} is not a step")
+        object.__setattr__(self, "steps", tuple(steps))
+        object.__setattr__(self, "description", description)
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """A recipe that ships (light, balanced, small, tiny) or a YAML file.
+
+        Raises ValueError for unknown names, steps, keys and values, FileNotFoundError for a missing file.
+        """
+        text = str(name)
+        if text in recipe_names():
+            content = resources.files("flaxcompress.compress.recipes").joinpath(f"{text}.yaml").read_text("utf-8")
+            return cls.from_yaml(content, where=text)
+        path = Path(text)
+        if path.suffix not in (".yaml", ".yml"):
+            raise ValueError(f"recipe: no recipe {text!r} and not a .yaml file; {closest(text, recipe_names())}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such recipe file")
+        return cls.from_yaml(path.read_text("utf-8"), where=str(path))
+
+    @classmethod
+    def from_yaml(cls, text: str, *, where: str = "recipe") -> Recipe:
+        """Reads `{description: …, steps: [{Quantize: {bits: 8}}, …]}`."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+        return cls.from_json(data, where=where)
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "recipe") -> Recipe:
+        """The inverse of `to_json`."""
+        if not isinstance(data, dict) or not isinstance(data.get("steps"), list):
+            raise ValueError(f"{where}: expected an object with a list of 'steps'")
+        reject_unknown(where, data, ("description", "steps"))
+        steps = [step_from_json(s, f"{where}/steps/{i}") for i, s in enumerate(data["steps"])]
+        return cls(steps, str(data.get("description", "")))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"description": self.description, "steps": [s.to_json() for s in self.steps]}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that any of the steps reads."""
+        return frozenset().union(*(s.needs for s in self.steps))
+
+    def plan(self, model: Model) -> Plan:
+        """Sizes after every step, without computing anything. Raises ValueError when a step does not fit the model."""
+        config = model.config
+        done = []
+        for step in self.steps:
+            config = step.resolve(model).plan(config)
+            done.append((step.name, sum(nbytes(node) for node in abstract_flat(config).values())))
+        return Plan(model.nbytes, tuple(done))
+
+    def with_target(self, target: str, model: Model) -> Recipe:
+        """A recipe of the same kind whose bits and table fit `target`: "8x" or "10MB". Healing settings are kept."""
+        size = parse_target(target, model.nbytes)
+        heal = [s for s in self.steps if isinstance(s, Heal)]
+        return Recipe([*steps_for_target(model, size), *heal], f"{target}, chosen by size")
+
+    def with_heal_steps(self, count: int) -> Recipe:
+        """The recipe with `count` healing steps; 0 leaves healing out. Adds healing at the end when there is none."""
+        if count < 0:
+            raise ValueError(f"heal-steps must not be negative, got {count}")
+        if count == 0:
+            return Recipe([s for s in self.steps if not isinstance(s, Heal)], self.description)
+        if not any(isinstance(s, Heal) for s in self.steps):
+            return Recipe([*self.steps, Heal(steps=count)], self.description)
+        changed = [dataclasses.replace(s, steps=count) if isinstance(s, Heal) else s for s in self.steps]
+        return Recipe(changed, self.description)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship."""
+    folder = resources.files("flaxcompress.compress.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))

@@ -1,0 +1,141 @@
+"""Running a recipe: every step timed, saved for resumption, and measured at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxcompress import storage
+from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.recipe import Recipe
+from flaxcompress.compress.step import Context
+from flaxcompress.data import CalibrationText, calibration_text
+from flaxcompress.evaluate import Report, compare_vectors, profile
+from flaxcompress.model import Model, load, tensors_of, write_model
+
+log = logging.getLogger("flaxcompress")
+
+
+def compress(
+    model: Model,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationText | Sequence[str | Path] | None = None,
+    key: jax.Array,
+    work: str | Path | None = None,
+    progress: bool = False,
+) -> tuple[Model, Report]:
+    """Applies a recipe's steps in order; returns the compressed model and a report on it.
+
+    Args:
+      calibration: sentences, or text files, from which statistics are gathered and the model heals; part of them is held
+        out to measure fidelity. None takes the docstrings of Python's standard library.
+      key: decides every random choice.
+      work: a folder where finished steps and healing checkpoints are kept; a call with the same model, recipe, text and
+        key goes on from there.
+
+    Raises:
+      ValueError: a step does not fit the model, the checkpoint has no tokenizer, or there is too little text.
+    """
+    start = time.perf_counter()
+    recipe.plan(model)
+    if not model.assets.has_tokenizer:
+        raise ValueError("compress: the checkpoint has no tokenizer, so nothing can be calibrated or measured")
+    text = calibration_text(calibration)
+    folder = _work_folder(work, model, recipe, text, key)
+    context = Context(original=model, work=folder, progress=progress)
+    if recipe.needs:
+        context.calibration = Calibration(text, model.assets, vocabulary=model.config.vocabulary)
+    small, done = model, []
+    for number, step in enumerate(recipe.steps):
+        small, entry = _run_step(number, step, small, context, jax.random.fold_in(key, number), recipe)
+        done.append(entry)
+    held_out = list(text.held_out)
+    vectors, reference = (m.encode(held_out, progress=progress) for m in (small, model))
+    before, after = profile(model), profile(small)
+    report = Report(
+        params={"before": before.params, "after": after.params},
+        bytes={"before": file_bytes(model), "after": file_bytes(small)},
+        flops_per_token={"before": before.flops_per_token, "after": after.flops_per_token},
+        fidelity=compare_vectors(vectors, reference, data=f"{text.name}, held out"),
+        steps=tuple(done),
+        seconds=time.perf_counter() - start,
+        parts={"before": before.to_json()["parts"], "after": after.to_json()["parts"]},
+        spectra=tuple(context.spectra),
+        healing=tuple(context.healing),
+        recipe=recipe.to_json(),
+        calibration=text.name,
+        source=model.assets.source,
+    )
+    return small, report
+
+
+def file_bytes(model: Model) -> int:
+    """The size that the model's model.safetensors has: tensors, and the header with names, shapes and checksums."""
+    tensors = tensors_of(model)
+    return storage.file_size(tensors)
+
+
+def _run_step(number, step, model: Model, context: Context, key, recipe: Recipe) -> tuple[Model, dict[str, Any]]:
+    """Runs one step, or takes its result from the work folder."""
+    folder = None if context.work is None else context.work / f"step-{number}"
+    if folder is not None and folder.is_dir():
+        state = storage.read_json(folder / "state.json")
+        context.spectra[:], context.healing[:] = state["spectra"], state["healing"]
+        restored = load(folder)
+        log.warning("%s: taken from an earlier run", step.name)
+        return dataclasses.replace(
+            restored, assets=dataclasses.replace(model.assets, max_length=restored.assets.max_length)
+        ), state["entry"]
+    begin = time.perf_counter()
+    model = step(model, context, key=key)
+    jax.block_until_ready(model.params)
+    entry = {
+        "name": step.name,
+        "params": model.parameters,
+        "bytes": model.nbytes,
+        "seconds": time.perf_counter() - begin,
+    }
+    if folder is not None and number + 1 < len(recipe.steps):
+        with storage.new_folder(folder) as part:
+            write_model(model, part)
+            state = {"spectra": context.spectra, "healing": context.healing, "entry": entry}
+            (part / "state.json").write_text(json.dumps(state), "utf-8")
+    return model, entry
+
+
+def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText, key) -> Path | None:
+    """The work folder, emptied when it belongs to another run."""
+    if work is None:
+        return None
+    folder = Path(work)
+    digest = hashlib.sha256()
+    for name, array in tensors_of(model).items():
+        digest.update(name.encode() + storage.checksum(array).to_bytes(4, "little"))
+    identity = {
+        "model": digest.hexdigest(),
+        "assets": model.assets.digest,
+        "config": model.config.to_json(),
+        "recipe": recipe.to_json(),
+        "text": text.digest,
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+    }
+    mark = folder / "run.json"
+    if mark.is_file():
+        if json.loads(mark.read_text("utf-8")) == json.loads(json.dumps(identity)):
+            return folder
+        log.warning("%s belongs to another run; starting afresh", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.write_text(json.dumps(identity), "utf-8")
+    return folder

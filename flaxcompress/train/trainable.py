@@ -1,0 +1,93 @@
+"""What training changes: integer formats become trainable ones for the time being, and back.
+
+{"embedding/token": LowRank(left=Banded(uint8 …), …)}  ⇄  {"embedding/token": LowRank(left=FakeQuantized(float32 …), …)}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcompress import tree
+from flaxcompress.formats import (
+    Banded,
+    Bucketed,
+    FakeQuantized,
+    Format,
+    LowRank,
+    Quantized,
+    materialize,
+    spec_for,
+    thaw,
+)
+from flaxcompress.model import Model
+
+
+def thaw_model(model: Model, original: Model | None = None) -> Any:
+    """Trainable parameters that compute what `model` does; float storage becomes float32.
+
+    Args:
+      original: where it has the same dense matrix, the unrounded weights stay as latents inside their level's interval.
+    """
+    dense = {} if original is None else tree.flatten(original.params)
+    out = {}
+    for address, node in tree.flatten(model.params).items():
+        source = dense.get(address)
+        if isinstance(source, Format) or (source is not None and tuple(source.shape) != tuple(node.shape)):
+            source = None
+        out[address] = _thaw(node, None if source is None else np.asarray(source, np.float32))
+    return tree.unflatten(out)
+
+
+def _thaw(node: Any, source: np.ndarray | None) -> Any:
+    if isinstance(node, Quantized):
+        rows = source.T if source is not None and node.transposed else source
+        return thaw(node, rows)
+    if isinstance(node, Banded):
+        return thaw(node, source)
+    if isinstance(node, LowRank):
+        right = np.asarray(materialize(node.right), np.float64)
+        left = None if source is None else (source.astype(np.float64) @ np.linalg.pinv(right)).astype(np.float32)
+        return LowRank(left=_thaw(node.left, left), right=_thaw(node.right, right.astype(np.float32)))
+    if isinstance(node, Bucketed):
+        numbers = np.asarray(node.tier_of_row())
+        tiers = [_thaw(t, None if source is None else source[numbers == i]) for i, t in enumerate(node.tiers)]
+        return Bucketed(tiers=tuple(tiers), assignment=node.assignment)
+    return node.astype(jnp.float32) if jnp.issubdtype(node.dtype, jnp.floating) else node
+
+
+def _freeze(node: Any) -> Any:
+    if isinstance(node, FakeQuantized):
+        return node.freeze()
+    if isinstance(node, LowRank):
+        return LowRank(left=_freeze(node.left), right=_freeze(node.right))
+    if isinstance(node, Bucketed):
+        return Bucketed(tiers=tuple(_freeze(t) for t in node.tiers), assignment=node.assignment)
+    return node
+
+
+def freeze_model(params: Any, model: Model) -> Model:
+    """The model with trained parameters in the stored formats that `model.config` asks for."""
+    flat = {}
+    for address, node in tree.flatten(params).items():
+        frozen = _freeze(node)
+        if not isinstance(frozen, Format):
+            frozen = frozen.astype(getattr(spec_for(model.config, address), "dtype", "float32"))
+        flat[address] = frozen
+    return model.replace(params=tree.unflatten(flat))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def partition(params: Any) -> tuple[Any, Any]:
+    """(trainable, frozen): float leaves and the others, None where the other tree has the leaf."""
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    trainable = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, params)
+    frozen = jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, params)
+    return trainable, frozen
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)

@@ -1,0 +1,1 @@
+"""Pallas kernels, imported as `flaxcompress.kernels` and reached only through `flaxcompress.ops`."""

@@ -1,0 +1,548 @@
+"""Every weight format, as a kernel and as a table: one table of specs, one set of tests."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from flaxcompress import linalg
+from flaxcompress.formats import (
+    Banded,
+    BandedSpec,
+    Bucketed,
+    DenseSpec,
+    FakeQuantized,
+    Format,
+    LowRank,
+    Quantized,
+    QuantizedSpec,
+    attend,
+    break_even_rank,
+    from_tensors,
+    materialize,
+    matmul,
+    matmul_flops,
+    nbytes,
+    parse_spec,
+    spec_of,
+    stored_values,
+    take,
+    take_flops,
+    thaw,
+    to_tensors,
+)
+from flaxcompress.formats.banded import GAUSSIAN_STEP
+from flaxcompress.ops import pack, packed_width, unpack
+
+N, M = 37, 26  # odd, so that packed rows and last groups are not full
+EPS = float(np.finfo(np.float32).eps)
+
+
+def quantized(bits, group=None, **options):
+    return {"kind": "quantized", "bits": bits, "group": group, **options}
+
+
+def low_rank(rank, left=None, right=None):
+    return {"kind": "low_rank", "rank": rank, "left": left or {"kind": "dense"}, "right": right or {"kind": "dense"}}
+
+
+def bucketed(*tiers):
+    return {"kind": "bucketed", "tiers": [{"rows": rows, "format": spec} for rows, spec in tiers]}
+
+
+def banded(*bands, **options):
+    return {"kind": "banded", "bands": [list(band) for band in bands], **options}
+
+
+DENSE = {"kind": "dense"}
+ANY = {
+    "dense": DENSE,
+    "dense-f16": {"kind": "dense", "dtype": "float16"},
+    "dense-bf16": {"kind": "dense", "dtype": "bfloat16"},
+    "low_rank": low_rank(5),
+    **{f"int{bits}-{group}": quantized(bits, group) for bits in (8, 4, 3, 2) for group in (None, 16, 5)},
+    "int8-scale-bf16": quantized(8, scale_dtype="bfloat16"),
+    "int4-scale32": quantized(4, 16, scale_dtype="float32"),
+    "low_rank-int": low_rank(5, quantized(8), quantized(3, 4)),
+    "nested": low_rank(7, low_rank(3, quantized(2, 2)), {"kind": "dense", "dtype": "float16"}),
+}
+TABLES = {
+    "banded": banded((8, 4), (8, 2), (3, 1), (7, 0)),
+    "banded-8": banded((5, 8), (21, 3), scale_dtype="float32"),
+    "bucketed": bucketed((10, DENSE), (27, quantized(4, 16))),
+    "bucketed-6": bucketed((1, DENSE), (6, quantized(8)), (10, quantized(3)), (5, DENSE), (5, DENSE), (10, DENSE)),
+    "bucketed-low_rank": bucketed((10, low_rank(6, quantized(3, 4), quantized(8))), (27, low_rank(2))),
+    "low_rank-bucketed-banded": low_rank(
+        8, bucketed((7, banded((4, 4), (4, 2))), (30, banded((3, 1), (5, 0)))), quantized(8)
+    ),
+}
+CASES = [(name, spec, table) for table in (False, True) for name, spec in ANY.items()]
+CASES += [(name, spec, True) for name, spec in TABLES.items()]
+EVERY = pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=[f"{name}-{'table' if table else 'kernel'}" for name, _, table in CASES]
+)
+SMALLER = [i for i, (name, _, _) in enumerate(CASES) if name != "dense"]
+
+
+def normal(shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def draw(key, shape, dtype):
+    """An initializer from numpy: nothing to compile. The key is not used."""
+    return jnp.asarray(np.random.default_rng(7).normal(size=shape), dtype)
+
+
+@functools.cache
+def node_of(case: int):
+    _, spec, table = CASES[case]
+    node = parse_spec(spec).init(jax.random.key(0), (N, M), draw, table=table)
+    if isinstance(node, Bucketed):  # init puts the tiers one after the other: mix them
+        return Bucketed.from_tiers(node.tiers, np.random.default_rng(1).permutation(node.tier_of_row()))
+    return node
+
+
+def magnitude(node):
+    """|W| entry by entry, but |left|·|right| for products: what rounding errors are relative to."""
+    if isinstance(node, LowRank):
+        return magnitude(node.left) @ magnitude(node.right)
+    if isinstance(node, Bucketed):
+        return np.concatenate([magnitude(t) for t in node.tiers])[np.asarray(node._order())]
+    return np.abs(np.asarray(materialize(node), np.float64))
+
+
+def depth(node) -> int:
+    """Products one after the other."""
+    if isinstance(node, LowRank):
+        return depth(node.left) + depth(node.right)
+    return max(map(depth, node.tiers)) if isinstance(node, Bucketed) else 1
+
+
+def tolerance(node, terms: int, size) -> float:
+    """Rounding of `depth` float32 products of `terms` terms, errors adding up like their root."""
+    return 4 * depth(node) * EPS * math.sqrt(terms) * float(np.max(size))
+
+
+# ── what a format computes ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def products(node, x, z, ids):
+    return matmul(x, node), attend(z, node), take(node, ids), materialize(node)
+
+
+@EVERY
+@pytest.mark.parametrize("variant", ["eager", "jit"])
+def test_products_equal_the_matrix(case, variant):
+    node = node_of(case)
+    x, z = normal((2, 3, N), 2), normal((4, M), 3)
+    ids = jnp.asarray([[0, N - 1, 5], [5, 1, 20]])
+    run = jax.jit(products) if variant == "jit" else products
+    multiplied, attended, taken, whole = run(node, x, z, ids)
+    assert multiplied.shape == (2, 3, M) and attended.shape == (4, N) and taken.shape == (2, 3, M)
+    assert node.shape == whole.shape == (N, M)
+    assert {a.dtype for a in (multiplied, attended, taken, whole)} == {jnp.dtype(jnp.float32)}
+    w, size = np.asarray(materialize(node), np.float64), magnitude(node)
+    longest = N + M
+    np.testing.assert_allclose(whole, w, rtol=0, atol=tolerance(node, longest, size))
+    np.testing.assert_allclose(taken, w[np.asarray(ids)], rtol=0, atol=tolerance(node, longest, size))
+    np.testing.assert_allclose(
+        multiplied, np.asarray(x, np.float64) @ w, rtol=0, atol=tolerance(node, longest, np.abs(x) @ size)
+    )
+    np.testing.assert_allclose(
+        attended, np.asarray(z, np.float64) @ w.T, rtol=0, atol=tolerance(node, longest, np.abs(z) @ size.T)
+    )
+
+
+@EVERY
+def test_bfloat16_loses_at_most_twice_what_a_plain_product_does(case):
+    """The root mean square against float64; a chain of products rounds once per factor."""
+    node, x = node_of(case), normal((64, N), 4).astype(jnp.bfloat16)
+    w = np.asarray(materialize(node), np.float64)
+    want = np.asarray(x, np.float64) @ w
+    got, plain = matmul(x, node), matmul(x, jnp.asarray(w, jnp.float32))
+    assert got.dtype == plain.dtype == jnp.bfloat16
+
+    def error(y):
+        return np.sqrt(np.mean((np.asarray(y, np.float64) - want) ** 2))
+
+    assert error(got) <= 2 * depth(node) ** 0.5 * error(plain)
+
+
+@EVERY
+def test_ids_outside_read_the_nearest_row(case):
+    node = node_of(case)
+    want = take(node, jnp.asarray([0, N - 1]))
+    np.testing.assert_array_equal(take(node, jnp.asarray([-3, N + 9])), want)
+
+
+# ── how a format is described and stored ─────────────────────────────────────────────────────────────────────────────
+
+
+def assert_same_node(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@EVERY
+def test_eval_shape_equals_init(case):
+    _, spec, table = CASES[case]
+    abstract = jax.eval_shape(lambda key: parse_spec(spec).init(key, (N, M), draw, table=table), jax.random.key(0))
+    node = node_of(case)
+    assert jax.tree.structure(abstract) == jax.tree.structure(node)
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(node)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract)] == shapes
+    assert abstract.shape == node.shape
+    assert nbytes(abstract) == nbytes(node)
+    assert stored_values(abstract) == stored_values(node)
+    assert spec_of(abstract) == spec_of(node) if isinstance(node, Format) else True
+
+
+@EVERY
+def test_spec_json_round_trip(case):
+    node = node_of(case)
+    spec = spec_of(node)
+    text = json.dumps(spec.to_json())
+    assert parse_spec(json.loads(text)) == spec == parse_spec(CASES[case][1])
+    assert hash(parse_spec(json.loads(text))) == hash(spec)
+    assert spec.to_json()["kind"] == CASES[case][1]["kind"]
+
+
+@EVERY
+def test_tensors_round_trip(case):
+    node = node_of(case)
+    tensors = to_tensors(node, "a/b")
+    assert all(name == "a/b" or name.startswith("a/b.") for name in tensors)
+    abstract = jax.eval_shape(lambda: node)
+    read = []
+
+    def get(name):
+        read.append(name)
+        return tensors[name]
+
+    assert_same_node(from_tensors(abstract, "a/b", get), node)
+    assert sorted(read) == sorted(tensors)
+    assert nbytes(node) == sum(np.asarray(t).nbytes for t in tensors.values())
+
+
+@pytest.mark.parametrize("case", SMALLER, ids=[f"{CASES[i][0]}-{CASES[i][2]}" for i in SMALLER])
+def test_smaller_than_dense(case):
+    assert nbytes(node_of(case)) < 4 * N * M
+
+
+@EVERY
+def test_flops_are_counted(case):
+    node = node_of(case)
+    assert matmul_flops(node) > 0
+    assert take_flops(node) >= 0
+    if CASES[case][0] == "low_rank":
+        assert matmul_flops(node) == 2 * 5 * (N + M)
+        assert stored_values(node) == 5 * (N + M)
+
+
+@EVERY
+def test_gradients_reach_every_float_leaf(case):
+    """The gradient of a product equals that of the product with the materialized matrix."""
+    node, x, c = node_of(case), normal((4, N), 5), normal((4, M), 6)
+    leaves, structure = jax.tree.flatten(node)
+    floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    def rebuilt(values):
+        full = list(leaves)
+        for i, value in zip(floating, values, strict=True):
+            full[i] = value.astype(leaves[i].dtype)
+        return structure.unflatten(full)
+
+    def through(product):
+        start = [leaves[i].astype(jnp.float32) for i in floating]
+        return jax.grad(lambda values: (product(rebuilt(values)) * c).sum())(start)
+
+    got = through(lambda w: matmul(x, w))
+    want = through(lambda w: jnp.matmul(x, materialize(w), precision=jax.lax.Precision.HIGHEST))
+    for i, a, b in zip(floating, got, want, strict=True):
+        # A gradient passes the leaf's own storage dtype on its way.
+        eps = float(jnp.finfo(leaves[i].dtype).eps)
+        atol = max(eps, 8 * depth(node) * EPS * math.sqrt(N + M)) * float(np.abs(b).max() + np.abs(x).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+        assert CASES[case][0].startswith("bucketed") or np.abs(b).max() > 0
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"kind": "lowrank", "rank": 3}, "unknown format 'lowrank'.*did you mean 'low_rank'"),
+        ("dense", "unknown format 'dense'"),
+        ({"kind": "dense", "dtyp": "float16"}, "unknown key 'dtyp'.*did you mean 'dtype'"),
+        ({"kind": "dense", "dtype": "float8"}, "dtype 'float8'.*did you mean 'float16'"),
+        ({"kind": "quantized", "bits": 5}, "bits must be one of"),
+        ({"kind": "quantized", "group": 0}, "group must be a positive integer"),
+        ({"kind": "quantized", "scale_dtype": "int8"}, "scale_dtype: dtype 'int8'"),
+        ({"kind": "low_rank"}, "low_rank format.*rank"),
+        ({"kind": "low_rank", "rank": 0}, "rank must be a positive integer"),
+        ({"kind": "low_rank", "rank": 2, "left": {"kind": "dens"}}, "here/left: unknown format 'dens'"),
+        ({"kind": "bucketed", "tiers": []}, "1 to 16 tiers, got 0"),
+        ({"kind": "bucketed", "tiers": [{"rows": 0}]}, "rows must be a positive integer"),
+        ({"kind": "bucketed", "tiers": [{"row": 3}]}, "here/tiers/0: unknown key 'row'"),
+        ({"kind": "banded", "bands": [[4, 0]]}, "at least one band needs bits"),
+        ({"kind": "banded", "bands": [[4, 5]]}, "a band is"),
+        ({"kind": "banded", "bands": [[0, 4]]}, "a band is"),
+        ({"kind": "banded"}, "banded format.*bands"),
+        ({"kind": "banded", "bands": [[1, 2, 3]]}, "banded format|here"),
+    ],
+)
+def test_wrong_specs(data, message):
+    with pytest.raises(ValueError, match=message):
+        parse_spec(data, "here")
+
+
+@pytest.mark.parametrize(
+    "spec, table, message",
+    [
+        (bucketed((10, DENSE), (20, DENSE)), True, "do not add up to the table's 37"),
+        (bucketed((37, DENSE)), False, "only embedding tables have tiers"),
+        (banded((8, 4)), True, "do not fit a 37×26 table"),
+        (banded((26, 4)), False, "do not fit"),
+    ],
+)
+def test_specs_that_do_not_fit(spec, table, message):
+    with pytest.raises(ValueError, match=message):
+        parse_spec(spec).init(jax.random.key(0), (N, M), draw, table=table)
+
+
+def test_none_is_dense():
+    assert parse_spec(None) == DenseSpec()
+
+
+# ── low rank ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_full_rank_is_lossless():
+    w = np.asarray(normal((N, M), 8))
+    factors = linalg.output_pca(w, M)
+    node = LowRank(left=jnp.asarray(factors.left, jnp.float32), right=jnp.asarray(factors.right, jnp.float32))
+    np.testing.assert_allclose(node.materialize(), w, rtol=0, atol=8 * EPS * math.sqrt(M) * magnitude(node).max())
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_break_even_rank(n, m):
+    rank = break_even_rank(n, m)
+    assert rank * (n + m) < n * m <= (rank + 1) * (n + m)
+
+
+# ── integers and their layout on disk ────────────────────────────────────────────────────────────────────────────────
+
+
+def naive_pack(codes: list[int], bits: int) -> list[int]:
+    """Bits laid end to end, lowest first, in whole words."""
+    stream = sum(code << (bits * i) for i, code in enumerate(codes))
+    return list(stream.to_bytes(packed_width(len(codes), bits), "little"))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_pack_is_exact(bits, data):
+    count = data.draw(st.sampled_from([1, 5, 8, 13]))  # few shapes, since each is compiled
+    codes = data.draw(hnp.arrays(np.uint8, (3, count), elements=st.integers(0, 2**bits - 1)))
+    packed = np.asarray(pack(codes, bits))
+    assert packed.dtype == np.uint8
+    assert packed.tolist() == [naive_pack(row, bits) for row in codes.tolist()]
+    np.testing.assert_array_equal(unpack(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits, count, size", [(1, 9, 2), (2, 5, 2), (3, 8, 3), (3, 9, 6), (4, 5, 3), (8, 5, 5)])
+def test_packed_width(bits, count, size):
+    assert packed_width(count, bits) == size
+
+
+def test_int4_layout_is_the_contract():
+    """uint8, consecutive input elements, low nibble first, offset 8, one scale per (group, output)."""
+    levels = jnp.asarray([[-7, 7, 0, 1, -1], [2, -2, 3, -3, 4]], jnp.float32)  # rows: outputs of a kernel [5, 2]
+    scale = jnp.asarray([[0.5, 2.0, 1.0], [1.0, 0.25, 4.0]], jnp.float32)
+    node = Quantized.from_levels(levels, scale, QuantizedSpec(bits=4, group=2), table=False)
+    assert set(to_tensors(node, "k")) == {"k.values", "k.scale"}
+    assert node.values.dtype == jnp.uint8
+    assert np.asarray(node.values).tolist() == [[1 | 15 << 4, 8 | 9 << 4, 7], [10 | 6 << 4, 11 | 5 << 4, 12]]
+    assert node.scale.shape == (2, 3) and node.scale.dtype == jnp.float16
+    want = np.asarray(levels) * np.repeat(np.asarray(scale), 2, axis=1)[:, :5]
+    np.testing.assert_array_equal(node.materialize(), want.T)
+    table = Quantized.from_levels(levels, scale, QuantizedSpec(bits=4, group=2), table=True)
+    np.testing.assert_array_equal(table.values, node.values)
+    np.testing.assert_array_equal(table.materialize(), want)
+
+
+@pytest.mark.parametrize("bits, group, size", [(8, None, 5), (4, None, 3), (3, None, 3), (2, None, 2), (3, 2, 3)])
+def test_row_bytes_as_stored(bits, group, size):
+    spec = QuantizedSpec(bits=bits, group=group)
+    node = spec.init(jax.random.key(0), (4, 5), draw, table=True)
+    groups = 1 if group is None else 3
+    assert nbytes(node) == 4 * spec.row_bytes(5) == 4 * (size + 2 * groups)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("group", [None, 5])
+def test_rounding_error_is_at_most_half_a_step(bits, group):
+    """`init` rounds to the nearest level, the largest value at the top; scales are rounded to float16."""
+    dense = np.asarray(draw(None, (N, M), jnp.float32))
+    node = QuantizedSpec(bits=bits, group=group).init(jax.random.key(0), (N, M), draw, table=True)
+    scale = np.asarray(node.scale, np.float64)
+    step = np.repeat(scale, M if group is None else group, axis=1)[:, :M]
+    top = {8: 127, 4: 7, 3: 3.5, 2: 1.5}[bits]
+    half_ulp = 2.0**-11  # the scale may be rounded down, and the largest value is then cut
+    assert (np.abs(np.asarray(node.materialize()) - dense) <= step * (0.5 + top * half_ulp) + EPS).all()
+
+
+def test_an_all_zero_row_stays_zero():
+    for spec in (*(QuantizedSpec(bits=b, group=4) for b in (8, 4, 3, 2)), BandedSpec(bands=((8, 1), (8, 3)))):
+        node = spec.init(jax.random.key(0), (3, 16), lambda key, shape, dtype: jnp.zeros(shape, dtype), table=True)
+        np.testing.assert_array_equal(node.materialize(), np.zeros((3, 16)))
+
+
+# ── tables in tiers ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("rows, tiers", [(5, 1), (64, 2), (65, 4), (200, 3), (129, 16)])
+def test_locate_equals_a_loop(rows, tiers):
+    rng = np.random.default_rng(rows)
+    tier_of_row = rng.permutation(np.concatenate([np.arange(tiers), rng.integers(0, tiers, rows - tiers)]))
+    counts = np.bincount(tier_of_row, minlength=tiers)
+    tables = tuple(jnp.zeros((c, 2)) for c in counts)
+    node = Bucketed.from_tiers(tables, tier_of_row.astype(np.uint8))
+    tier, row = node.locate(jnp.arange(rows))
+    seen = [0] * tiers
+    for i, t in enumerate(tier_of_row):
+        assert (int(tier[i]), int(row[i])) == (t, seen[t])
+        seen[t] += 1
+    np.testing.assert_array_equal(node.tier_of_row(), tier_of_row)
+    assert node.assignment.size == -(-rows * (2 if tiers <= 4 else 4) // 8)
+
+
+def test_tier_rows_stand_in_id_order():
+    tiers = (jnp.asarray([[1.0], [3.0]]), jnp.asarray([[0.0], [2.0], [4.0]]))
+    node = Bucketed.from_tiers(tiers, np.asarray([1, 0, 1, 0, 1], np.uint8))
+    np.testing.assert_array_equal(node.materialize()[:, 0], np.arange(5))
+    np.testing.assert_array_equal(node.take(jnp.asarray([[4, 1]]))[..., 0], [[4, 1]])
+    np.testing.assert_array_equal(node.attend(jnp.ones((1, 1))), np.arange(5.0)[None])
+
+
+# ── quantization that trains ─────────────────────────────────────────────────────────────────────────────────────────
+
+TARGETS = {
+    **{f"int{bits}-{group}": QuantizedSpec(bits=bits, group=group) for bits in (8, 4, 3, 2) for group in (None, 5)},
+    "int4-scale32": QuantizedSpec(bits=4, group=16, scale_dtype="float32"),
+    "banded": BandedSpec(bands=((8, 4), (8, 2), (3, 1), (7, 0))),
+    "banded-8": BandedSpec(bands=((5, 8), (21, 3))),
+}
+TRAINABLE = [(name, table) for name, spec in TARGETS.items() for table in ((True,) if "banded" in name else (False, True))]
+EVERY_TRAINABLE = pytest.mark.parametrize(
+    "name, table", TRAINABLE, ids=[f"{n}-{'table' if t else 'kernel'}" for n, t in TRAINABLE]
+)
+
+
+@functools.cache
+def integers(name: str, table: bool):
+    return TARGETS[name].init(jax.random.key(0), (N, M), draw, table=table)
+
+
+def unrounded(node, table: bool):
+    dense = draw(None, (N, M), jnp.float32)
+    return dense if table else dense.T
+
+
+@EVERY_TRAINABLE
+@pytest.mark.parametrize("latent", ["levels", "weights"])
+def test_thaw_changes_nothing(name, table, latent):
+    node = integers(name, table)
+    trainable = thaw(node, None if latent == "levels" else unrounded(node, table))
+    assert isinstance(trainable, FakeQuantized)
+    assert trainable.shape == node.shape
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(trainable.materialize(), node.materialize())
+    ids = jnp.asarray([3, 0, N - 1])
+    np.testing.assert_array_equal(trainable.take(ids), node.take(ids))
+    assert_same_node(trainable.freeze(), node)
+
+
+@EVERY_TRAINABLE
+def test_freeze_computes_what_was_trained(name, table):
+    """After the weights moved anywhere, some scales below zero: the integers give the same matrix."""
+    node = integers(name, table)
+    trainable = thaw(node, unrounded(node, table))
+    signs = jnp.where(normal(trainable.scale.shape, 9) > 0.8, -1.0, 1.0)
+    moved = trainable.replace(
+        latent=trainable.latent + 0.3 * normal(trainable.latent.shape, 10), scale=trainable.scale * 1.07 * signs
+    )
+    frozen = moved.freeze()
+    assert spec_of(frozen) == TARGETS[name]
+    size = np.abs(np.asarray(moved.materialize())).max()
+    np.testing.assert_allclose(frozen.materialize(), moved.materialize(), rtol=0, atol=4 * EPS * size)
+
+
+def column_rounding(name: str, columns: int):
+    """(spacing, top level, half-integer shift) of every column."""
+    tops = {0: 0.0, 1: 0.5, 2: 1.5, 3: 3.5, 4: 7.0, 8: 127.0}
+    spec = TARGETS[name]
+    bits = np.concatenate([np.full(c, b) for c, b in spec.bands]) if "banded" in name else np.full(columns, spec.bits)
+    step = np.asarray([GAUSSIAN_STEP[b] if "banded" in name else 1.0 for b in bits])
+    return step, np.asarray([tops[b] for b in bits]), np.where((bits >= 1) & (bits <= 3), 0.5, 0.0)
+
+
+@EVERY_TRAINABLE
+def test_gradients_are_straight_through_and_lsq(name, table):
+    """d/dlatent = 1 inside the range; d/dscale = spacing·(level - latent/(scale·spacing)), ±spacing·top outside."""
+    node = integers(name, table)
+    trainable = thaw(node, unrounded(node, table))
+    latent = trainable.latent * 1.02 + 0.01  # off the levels and off the ends of the range
+    trainable = trainable.replace(latent=latent)
+    c = normal(latent.shape, 11)
+    oriented = c if table else c.T
+    grads = jax.grad(lambda node: (node.materialize() * oriented).sum())(trainable)
+
+    rows, columns = latent.shape
+    spec = TARGETS[name]
+    group = columns if "banded" in name or spec.group is None else spec.group
+    stored = np.asarray(trainable.scale.astype(spec.scale_dtype), np.float64)
+    spread = np.repeat(stored, group, axis=1)[:, :columns]
+    step, top, shift = column_rounding(name, columns)
+    unit = np.asarray(latent, np.float64) / (spread * step)
+    inside = np.abs(unit) < top
+    level = np.clip(np.round(unit - shift) + shift, -top, top)
+    want_latent = np.asarray(c) * inside
+    each = np.asarray(c) * step * np.where(inside, level - unit, np.sign(unit) * top)
+    short = -columns % group
+    want_scale = np.pad(each, ((0, 0), (0, short))).reshape(rows, -1, group).sum(-1)
+
+    atol = 8 * EPS * np.abs(c).max()
+    np.testing.assert_allclose(grads.latent, want_latent, rtol=0, atol=atol)
+    # level - unit cancels: its error is that of unit, up to the top level.
+    atol = 8 * EPS * math.sqrt(group) * np.abs(c).max() * (step * np.maximum(top, 1)).max()
+    np.testing.assert_allclose(grads.scale, want_scale, rtol=0, atol=atol)
+
+
+def test_thawed_latents_keep_to_their_levels():
+    """A weight far from its level (as GPTQ leaves some) is moved to its level's interval, not the level to it."""
+    node = integers("int4-5", True)
+    trainable = thaw(node, 3.0 * jnp.ones((N, M)))
+    np.testing.assert_array_equal(trainable.materialize(), node.materialize())
+    reach = np.repeat(np.asarray(node.scale, np.float32), 5, axis=1)[:, :M]
+    assert (np.abs(np.asarray(trainable.latent - node.rows())) <= 0.5 * reach).all()
+
+
+def test_banded_is_a_row_scale_times_levels():
+    spec = BandedSpec(bands=((2, 2), (2, 0), (3, 1)))
+    levels = jnp.asarray([[-1.5, 0.5, 0, 0, 0.5, -0.5, 0.5]])
+    node = Banded.from_levels(levels, jnp.asarray([[2.0]]), spec)
+    assert np.asarray(node.values).tolist() == [[0b1000, 0b101]]
+    steps = np.asarray([GAUSSIAN_STEP[b] for b in (2, 2, 0, 0, 1, 1, 1)], np.float32)
+    np.testing.assert_allclose(node.materialize(), 2 * np.asarray(levels) * steps, rtol=2 * EPS)
+    assert spec.row_bytes == 1 + 1 + 2 == nbytes(node)
