@@ -26,7 +26,7 @@ from tyro.conf import Positional, arg
 if TYPE_CHECKING:
     from flaxcompress.model import Model
 
-# Nothing of ours, nor JAX, is imported before a verb runs: `--help` and mistyped commands answer at once.
+# The parts of the library that a verb needs are imported when it runs, so that mistyped commands answer at once.
 
 PROGRAM = "flaxcompress"
 OK, FAILED, MISTAKE = 0, 1, 2
@@ -110,8 +110,7 @@ class Compress:
 
         out = _folder(self.out)
         storage.check_output(out, overwrite=self.overwrite)
-        if self.data is not None and not self.data:
-            raise ValueError("compress: --data names no file; give at least one, or leave it out")
+        _check_data(self.data)
         model = load(self.model)
         recipe = Recipe.load(self.recipe)
         if self.target is not None:
@@ -367,7 +366,7 @@ class _PyTorchCheck:
     def outcome(self) -> str:
         if self.difference is None:
             return "not checked in PyTorch, which is not installed"
-        return f"PyTorch computes the same vectors, to {self.difference:.0e}"
+        return f"PyTorch agrees within {self.difference:.0e}"
 
 
 def _with_caption(table: Any, line: str) -> Any:
@@ -383,6 +382,17 @@ def _with_caption(table: Any, line: str) -> Any:
 def _folder(path: Path) -> Path:
     """An absolute path, so that `--out .` and `--out x/..` have a name and a parent."""
     return Path(os.path.abspath(path))
+
+
+def _check_data(files: Sequence[str] | None) -> None:
+    """Raises where --data names no file, or one that does not exist: the library would take the name for a text."""
+    from flaxcompress.data.readers import parse_source
+
+    if files is not None and not files:
+        raise ValueError("compress: --data names no file; give at least one, or leave it out")
+    for file in files or ():
+        if not parse_source(file)[0].exists():
+            raise FileNotFoundError(f"{file}: no such file (--data)")
 
 
 def _check_file(path: Path | None) -> None:
@@ -486,6 +496,9 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for an unexpected failure, 2 for the caller's mistake."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")  # a frame's lines are not worth a failure
     try:
         verb = _parse(args)
     except SystemExit as end:
@@ -605,10 +618,9 @@ def _parse(args: list[str]) -> Any:
     except SystemExit as end:
         if not end.code:
             raise
-        name = f"{args[0]} " if args[0] in VERBS else ""
-        raise ValueError(
-            f"{name.strip() or 'command'}: {_plain(complaint.getvalue())} (see {PROGRAM} {name}--help)"
-        ) from None
+        name = args[0] if args[0] in VERBS else ""
+        where, command = (f"{name}: ", f"{PROGRAM} {name}") if name else ("", PROGRAM)
+        raise ValueError(f"{where}{_plain(complaint.getvalue())} (see {command} --help)") from None
     if isinstance(verb, Bench) and not verb.models:
         raise ValueError(f"bench: no MODEL is given (see {PROGRAM} bench --help)")
     return verb
@@ -631,8 +643,8 @@ def _check_names(args: Sequence[str]) -> None:
         if re.match(r"--?[A-Za-z]", flag) and flag not in known and not flag.startswith("--tyro-"):
             from flaxcompress.config import closest
 
-            where = args[0] if args[0] in VERBS else PROGRAM
-            raise ValueError(f"{where}: unknown flag {flag!r}; {closest(flag, (k for k in known if k != '-h'))}")
+            where = f"{args[0]}: " if args[0] in VERBS else ""
+            raise ValueError(f"{where}unknown flag {flag!r}; {closest(flag, (k for k in known if k != '-h'))}")
 
 
 def _flags(verb: type) -> list[str]:
@@ -643,13 +655,19 @@ def _flags(verb: type) -> list[str]:
 
 
 def _plain(boxed: str) -> str:
-    """tyro's framed complaint as one line: the text up to the first rule, without the frame."""
-    words: list[str] = []
+    """tyro's complaint as one line: the text between its title and the next rule, without the frame."""
+    framed = boxed.lstrip().startswith("╭")  # the title is in the frame then; in ASCII a rule follows it
+    sections: list[list[str]] = [[]]
     for line in boxed.splitlines():
-        if re.match(r"\s*[╭╰]", line):
-            continue
         text = line.strip().strip("│").strip()
-        if text and set(text) <= {"─"}:
-            break
-        words += text.split()
-    return " ".join(words).rstrip(".") or "the command was not understood"
+        if text and set(text) <= set("─-"):
+            sections.append([])
+        elif not text.startswith(("╭", "╰")):
+            sections[-1] += text.split()
+    words = sections[0] if framed or len(sections) == 1 else sections[1]
+    line = " ".join(words).partition(" Got errors:")[0].rstrip(".")
+    line = re.sub(rf"^Missing from {PROGRAM}[\w -]*:", "missing:", line)
+    line = re.sub(
+        r"^Error parsing (\S+): no type matching (\S+) could be instantiated from \[(.*)\]", r"\1: \3 is no \2", line
+    )
+    return line or "the command was not understood"

@@ -126,7 +126,7 @@ class ModelConfig:
     pad_token: int = 0
     pooler: bool = True
     head: str = "none"
-    sharing: Sharing | None = None
+    sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (None: every layer owns its weights)
     formats: tuple[FormatRule, ...] = ()
 
     def __post_init__(self):

@@ -23,7 +23,16 @@ from flaxcompress import storage, tree
 from flaxcompress.card import model_card
 from flaxcompress.config import ModelConfig, closest
 from flaxcompress.families import FAMILIES
-from flaxcompress.formats import FakeQuantized, Format, from_tensors, materialize, nbytes, spec_of, stored_values, to_tensors
+from flaxcompress.formats import (
+    FakeQuantized,
+    Format,
+    from_tensors,
+    materialize,
+    nbytes,
+    spec_of,
+    stored_values,
+    to_tensors,
+)
 from flaxcompress.nn import Transformer
 from flaxcompress.text import Assets, Pooling, pad_ids, read_assets, sentence_transformers_files, tokenizer_config_file
 
@@ -59,7 +68,7 @@ class ModelOutput:
 
 @flax.struct.dataclass
 class Model:
-    """`config` (structure), `params` (weights, each matrix in a format) and `assets`; the pytree leaves are `params`."""
+    """`config` (structure), `params` (weights, each matrix in a format) and `assets`; the leaves are `params` alone."""
 
     params: Any
     config: ModelConfig = flax.struct.field(pytree_node=False)
@@ -212,7 +221,8 @@ def _dense_integers(node: Any) -> Any:
 
 def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segment_ids: Any):
     """Arrays of the right shape and range, or ValueError with what was given and what is allowed."""
-    ids = np.asarray(input_ids) if not isinstance(input_ids, jax.core.Tracer) else input_ids
+    traced = isinstance(input_ids, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    ids = input_ids if traced else np.asarray(input_ids)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         raise ValueError(f"input_ids: expected integers of shape [B, T], got {ids.dtype} {list(ids.shape)}")
     if ids.shape[1] > config.positions:

@@ -167,8 +167,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     try:
         yield work
-        work.chmod(0o755)
-        _sync(work)
+        _finish(work)
         _replace(work, path, overwrite)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
@@ -176,10 +175,14 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
+def _finish(folder: Path) -> None:
+    """Gives everything the permissions that new files have here (temporary ones are private) and waits for the disk."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        if path.is_file():
+            with path.open("rb") as handle:
                 os.fsync(handle.fileno())
 
 

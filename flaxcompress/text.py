@@ -211,7 +211,7 @@ def _pooling_mode(path: Path) -> str:
     modes = [POOLING_MODES.get(c, c) for c in chosen]
     if len(modes) != 1 or modes[0] not in POOLING_MODES.values():
         raise ValueError(f"{path}: pooling {chosen} is not supported; one of {', '.join(POOLING_MODES)} must be set")
-    return modes[0]
+    return str(modes[0])
 
 
 def read_assets(folder: Path, *, positions: int, source: str) -> Assets:
@@ -243,7 +243,7 @@ def _licence(folder: Path) -> str:
 
 
 def tokenizer_config_file(assets: Assets) -> dict[str, str]:
-    """{"tokenizer_config.json": text} with the class and length limit that transformers reads; empty without tokenizer."""
+    """{"tokenizer_config.json": text}: the class and length limit that transformers reads; empty without tokenizer."""
     if not assets.has_tokenizer:
         return {}
     options = json.loads(assets.file("tokenizer_config.json") or b"{}")

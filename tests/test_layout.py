@@ -149,7 +149,16 @@ def test_every_package_has_an_init():
 
 
 def test_top_level_is_fixed():
-    known = {"pyproject.toml", "flaxcompress", "kernels", "experiments", "tests", "README.md", "LICENSE", "CONTRIBUTING.md"}
+    known = {
+        "pyproject.toml",
+        "flaxcompress",
+        "kernels",
+        "experiments",
+        "tests",
+        "README.md",
+        "LICENSE",
+        "CONTRIBUTING.md",
+    }
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")

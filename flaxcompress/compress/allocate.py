@@ -37,7 +37,7 @@ def parse_target(target: str, size: int) -> int:
 
 
 def steps_for_target(model: Model, target_bytes: int) -> list[Step]:
-    """Steps whose result fits `target_bytes`: the finest kernels whose table still gets its share, the rest to the table.
+    """Steps whose result fits `target_bytes`: the finest kernels that leave the table its share, the rest to the table.
 
     Raises ValueError when the smallest layout is larger, naming its size.
     """

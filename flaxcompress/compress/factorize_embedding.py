@@ -49,7 +49,8 @@ class FactorizeEmbedding(Step):
       keep: the fraction of the table's parameters that the factors may hold, or
       tiers: rows, rank and bits of each tier, heaviest tokens first, or
       target_bytes, or
-      average_bits (bits per value of the dense table): finds up to `max_tiers` tiers of banded coefficients by itself (see `tiers.choose_layout`).
+      average_bits (bits per value of the dense table): finds up to `max_tiers` tiers of banded coefficients by itself
+        (see `tiers.choose_layout`).
 
     Attributes:
       weighting: how an error in a row counts. "frequency": by the token's weight, from the calibration text and the
@@ -161,7 +162,7 @@ def rank_within(target_bytes: int, vocabulary: int, width: int) -> int:
             return rank
     smallest = vocabulary * row_bytes(1, 2) + basis_bytes(1, width, 2)
     raise ValueError(
-        f"{TOKEN}: target_bytes {target_bytes} is too small for a {vocabulary}×{width} table; the smallest is {smallest}"
+        f"{TOKEN}: {target_bytes} bytes are too few for a {vocabulary}×{width} table; the smallest takes {smallest}"
     )
 
 

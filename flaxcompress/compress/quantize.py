@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flaxcompress import tree
 from flaxcompress.compress.calibrate import Batch, dense_model, moments_of
 from flaxcompress.compress.rounding import gptq, round_rows
+from flaxcompress.compress.sensitivity import choose_bits, kernel_sensitivities, spec_bytes
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import Bucketed, Format, LowRank, Quantized, QuantizedSpec, materialize
@@ -79,6 +81,8 @@ class Quantize(Step):
       rounding: "gptq" rounds layer after layer on the inputs that the compressed prefix gives, each column making up
         for the errors before it; "mse" picks scales of least squared error; "nearest" is the plain baseline. Tables,
         and kernels outside the layers, have no error to pass on: "gptq" means "mse" for them.
+      average_bits: spend this many bits per value, scales not counted, on the kernels in layers: each gets one of
+        `choices` by what its rounding alone costs the sentence vectors (see `sensitivity`); `bits` is for the rest.
       overrides: other bits for some of the matrices, the first match winning; all are rounded in one sequence.
       scale_dtype: how scales are stored.
       sentences: calibration sentences for "gptq".
@@ -90,6 +94,8 @@ class Quantize(Step):
     group: int | None = None
     pattern: str = r".*/kernel|embedding/(token|position|segment)"
     rounding: Rounding = "gptq"
+    average_bits: float | None = None
+    choices: tuple[int, ...] = (2, 3, 4)
     overrides: tuple[BitsFor, ...] = ()
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     sentences: int = 768
@@ -104,6 +110,10 @@ class Quantize(Step):
     def __post_init__(self):
         for bits, group in [(self.bits, self.group), *((o.bits, o.group) for o in self.overrides)]:
             QuantizedSpec(bits=bits, group=group, scale_dtype=self.scale_dtype)  # its own checks
+        for bits in self.choices:
+            QuantizedSpec(bits=bits, group=self.group)
+        if self.average_bits is not None and not min(self.choices) <= self.average_bits <= max(self.choices):
+            raise ValueError(f"Quantize: average_bits {self.average_bits} lies outside the choices {self.choices}")
 
     def _addresses(self, flat: dict[str, Any]) -> list[str]:
         matrices = [a for a in flat if a.endswith("/kernel") or a in _TABLES]
@@ -112,8 +122,34 @@ class Quantize(Step):
             tree.select(chosen, override.pattern, where="Quantize/overrides")
         return chosen
 
+    def _mixed(self, addresses: list[str]) -> list[str]:
+        """The kernels whose bits are chosen by `average_bits`."""
+        overridden = [o.pattern for o in self.overrides]
+        return [a for a in addresses if a.startswith("layers/") and not any(re.fullmatch(p, a) for p in overridden)]
+
+    def _choice_sizes(self, flat: dict[str, Any], addresses: list[str]) -> tuple[dict[str, dict[int, int]], int]:
+        """Bytes of every choice, and the bytes that `average_bits` allows in all."""
+        assert self.average_bits is not None
+        specs = {b: QuantizedSpec(bits=b, group=self.group, scale_dtype=self.scale_dtype) for b in self.choices}
+        sizes = {a: {b: spec_bytes(tuple(flat[a].shape), s) for b, s in specs.items()} for a in addresses}
+        values = sum(math.prod(flat[a].shape) for a in addresses)
+        first = self.choices[0]
+        scales = sum(sizes[a][first] - math.prod(flat[a].shape) * first // 8 for a in addresses)
+        return sizes, int(values * self.average_bits / 8) + scales
+
+    def _with_bits(self, bits: dict[str, int]) -> Quantize:
+        """This step with the chosen bits as exact overrides."""
+        exact = tuple(BitsFor(pattern=re.escape(a), bits=b, group=self.group) for a, b in bits.items())
+        return dataclasses.replace(self, average_bits=None, overrides=(*exact, *self.overrides))
+
     def plan(self, config: ModelConfig) -> ModelConfig:
         flat = abstract_flat(config)
+        if self.average_bits is not None:
+            # Any choice that spends the budget has the planned size; which kernels get more is known only from data.
+            mixed = self._mixed(self._addresses(flat))
+            sizes, budget = self._choice_sizes(flat, mixed)
+            alike = {a: {b: 1.0 / b for b in self.choices} for a in mixed}
+            return self._with_bits(choose_bits(alike, sizes, budget)).plan(config)
         for address in self._addresses(flat):
             new = _quantize_spec(spec_of(flat[address]).to_json(), self.spec_for(address).to_json())
             config = config.with_format(address, new)
@@ -122,6 +158,12 @@ class Quantize(Step):
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         flat = tree.flatten(model.params)
         chosen = self._addresses(flat)
+        if self.average_bits is not None:
+            mixed = self._mixed(chosen)
+            sizes, budget = self._choice_sizes(flat, mixed)
+            specs = {b: QuantizedSpec(bits=b, group=self.group, scale_dtype=self.scale_dtype) for b in self.choices}
+            losses = kernel_sensitivities(context.original, context.need(self), specs, mixed, progress=context.progress)
+            return self._with_bits(choose_bits(losses, sizes, budget))(model, context, key=key)
         in_layers = [a for a in chosen if a.startswith("layers/")]
         changes: dict[str, Any] = {}
         if self.rounding == "gptq" and in_layers:

@@ -38,8 +38,8 @@ def compress(
     """Applies a recipe's steps in order; returns the compressed model and a report on it.
 
     Args:
-      calibration: sentences, or text files, from which statistics are gathered and the model heals; part of them is held
-        out to measure fidelity. None takes the docstrings of Python's standard library.
+      calibration: sentences, or text files, from which statistics are gathered and the model heals; part of them is
+        held out to measure fidelity. None takes the docstrings of Python's standard library.
       key: decides every random choice.
       work: a folder where finished steps and healing checkpoints are kept; a call with the same model, recipe, text and
         key goes on from there.

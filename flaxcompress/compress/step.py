@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -95,7 +95,10 @@ def _to_json(value: Any) -> Any:
 _STEPS: dict[str, type[Step]] = {}
 
 
-def register_step(step: type[Step]) -> type[Step]:
+_StepType = TypeVar("_StepType", bound=type[Step])
+
+
+def register_step(step: _StepType) -> _StepType:
     """Class decorator: makes the step known to recipes under its class name."""
     _STEPS[step.__name__] = step
     return step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,10 @@ class Spec:
 _KINDS: dict[str, type[Spec]] = {}
 
 
-def register(spec: type[Spec]) -> type[Spec]:
+_SpecType = TypeVar("_SpecType", bound=type[Spec])
+
+
+def register(spec: _SpecType) -> _SpecType:
     """Class decorator: makes `spec.kind` readable from JSON."""
     _KINDS[spec.kind] = spec
     return spec
@@ -165,6 +168,7 @@ def take(w: Any, ids: Integer[Array, "*B"]) -> Float[Array, "*B D"]:
     return jnp.take(w, ids, axis=0, mode="clip").astype(jnp.float32)
 
 
+@jax.jit  # outside of traced code, one program instead of dozens of small ones
 def materialize(w: Any) -> Float[Array, "n m"]:
     """The dense float32 matrix that `w` stands for."""
     return w.materialize() if isinstance(w, Format) else jnp.asarray(w, jnp.float32)

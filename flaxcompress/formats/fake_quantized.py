@@ -2,12 +2,14 @@
 
     y = s·(c + stop_gradient(round(c) - c)),   c = clip(latent/s)
 
-with s = exp(log_scale), so that the latent gets the straight-through gradient inside the range and none outside, and the scale the gradient of
-learned step sizes (LSQ, Esser et al. 2020, eq. 3). `freeze` returns the integer format that computes the same.
+with s = exp(log_scale), so that the latent gets the straight-through gradient inside the range and none outside, and
+the scale the gradient of learned step sizes (LSQ, Esser et al. 2020, eq. 3). `freeze` returns the integer format that
+computes the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -17,19 +19,23 @@ import numpy as np
 
 from flaxcompress.formats.banded import Banded, BandedSpec, column_shifts, column_steps, column_tops
 from flaxcompress.formats.base import Format, dot
-from flaxcompress.formats.quantized import Quantized, spread_scale, top_level
+from flaxcompress.formats.quantized import BITS, Quantized, spread_scale, top_level
+
+_ZERO = -66.0  # logarithms below this stand for a scale of exactly 0
 
 
 @flax.struct.dataclass
 class FakeQuantized(Format):
-    """`latent` [rows, n] and `log_scale` [rows, groups], float32; rounds as `target` says.
+    """`latent` [rows, n] and `log_scale` [rows, groups], float32; rounds as `target` says, in `bits` bits.
 
-    Scales are trained in the logarithm: one learning rate then suits them all, and none turns negative.
+    Scales are trained in the logarithm: one learning rate then suits them all, and none turns negative. The number of
+    bits of a quantized target is a leaf, not structure, so that layers of different bits still share one scan.
     """
 
     latent: Any
     log_scale: Any
-    target: Any = flax.struct.field(pytree_node=False)  # QuantizedSpec or BandedSpec
+    bits: Any  # uint8 scalar; 0 for a banded target, whose bands say it
+    target: Any = flax.struct.field(pytree_node=False)  # BandedSpec, or QuantizedSpec whose own bits do not count
     transposed: bool = flax.struct.field(pytree_node=False)
 
     @property
@@ -38,35 +44,40 @@ class FakeQuantized(Format):
         return (columns, rows) if self.transposed else (rows, columns)
 
     def spec(self):
-        return self.target
+        if isinstance(self.target, BandedSpec):
+            return self.target
+        return dataclasses.replace(self.target, bits=int(self.bits))
 
-    def _rounding(self, columns: int):
+    def rounding(self):
         """(spacing, top level, shift of the levels) per column."""
         if isinstance(self.target, BandedSpec):
             bands = self.target.bands
             return column_steps(bands), column_tops(bands), column_shifts(bands)
-        bits = self.target.bits
-        return np.float32(1.0), np.float32(top_level(bits)), np.float32(0.0 if bits >= 4 else 0.5)
+        known = np.asarray(BITS)
+        which = (self.bits == known).argmax()
+        tops = jnp.asarray([top_level(b) for b in BITS], jnp.float32)
+        return np.float32(1.0), tops[which], jnp.where(self.bits < 4, 0.5, 0.0).astype(jnp.float32)
 
-    def _spread(self, log_scale, columns: int):
+    def spread(self, log_scale, columns: int):
+        """One scale per value, as stored, with a straight-through gradient past the rounding of the scale itself."""
         scale = jnp.exp(log_scale)
-        stored = jnp.where(scale < 1e-29, 0.0, scale).astype(self.target.scale_dtype).astype(jnp.float32)
+        stored = jnp.where(log_scale < _ZERO, 0.0, scale).astype(self.target.scale_dtype).astype(jnp.float32)
         stored = scale + jax.lax.stop_gradient(stored - scale)
         if isinstance(self.target, BandedSpec):
             return stored
         return spread_scale(stored, columns, self.target.group)
 
-    def _levels(self, latent, spread):
-        step, top, shift = self._rounding(latent.shape[-1])
+    def levels(self, latent, spread):
+        """The clipped, unrounded levels and the rounded ones."""
+        step, top, shift = self.rounding()
         unit = jnp.where(spread > 0, latent / jnp.where(spread > 0, spread, 1.0), 0.0) / step
         inside = jnp.clip(unit, -top, top)
-        level = jnp.clip(jnp.round(inside - shift) + shift, -top, top)
-        return inside, level, step
+        return inside, jnp.clip(jnp.round(inside - shift) + shift, -top, top)
 
     def _decode(self, latent, log_scale):
-        spread = self._spread(log_scale, latent.shape[-1])
-        inside, level, step = self._levels(latent, spread)
-        return (inside + jax.lax.stop_gradient(level - inside)) * step * spread
+        spread = self.spread(log_scale, latent.shape[-1])
+        inside, level = self.levels(latent, spread)
+        return (inside + jax.lax.stop_gradient(level - inside)) * self.rounding()[0] * spread
 
     def rows(self):
         """The rounded rows."""
@@ -91,30 +102,39 @@ class FakeQuantized(Format):
 
     def freeze(self) -> Quantized | Banded:
         """The integer format of the same values."""
-        _, level, _ = self._levels(self.latent, self._spread(self.log_scale, self.latent.shape[-1]))
-        scale = jnp.where(self.log_scale < -66.0, 0.0, jnp.exp(self.log_scale))
-        if isinstance(self.target, BandedSpec):
-            return Banded.from_levels(level, scale, self.target)
-        return Quantized.from_levels(level, scale, self.target, table=not self.transposed)
+        level, scale = _frozen(self)
+        spec = self.spec()
+        if isinstance(spec, BandedSpec):
+            return Banded.from_levels(level, scale, spec)
+        return Quantized.from_levels(level, scale, spec, table=not self.transposed)
 
 
-def thaw(node: Any, latent: Any = None) -> FakeQuantized:
+@jax.jit
+def _frozen(node: FakeQuantized):
+    scale = jnp.where(node.log_scale < _ZERO, 0.0, jnp.exp(node.log_scale))
+    return node.levels(node.latent, node.spread(node.log_scale, node.latent.shape[-1]))[1], scale
+
+
+@jax.jit
+def thaw(node: Quantized | Banded, latent: Any = None) -> FakeQuantized:
     """The trainable form of a quantized or banded matrix: its forward pass computes exactly what `node` does.
 
     Args:
       latent: rows [r, n] of the unrounded weights. Each is moved into its level's rounding interval, so that nothing
         changes at first but a weight near a boundary stays near it. None puts latents on the levels themselves.
     """
-    assert isinstance(node, (Quantized, Banded))
     spec = node.spec()
-    log_scale = jnp.log(jnp.maximum(node.scale.astype(jnp.float32), 1e-30))  # 0 stays 0 in the stored dtype
+    log_scale = jnp.log(jnp.maximum(node.scale.astype(jnp.float32), 1e-30))
     rows = node.rows() if isinstance(node, Quantized) else node.materialize()
-    transposed = isinstance(node, Quantized) and node.transposed
-    out = FakeQuantized(latent=rows, log_scale=log_scale, target=spec, transposed=transposed)
+    out = FakeQuantized(
+        latent=rows,
+        log_scale=log_scale,
+        bits=jnp.uint8(node.bits if isinstance(node, Quantized) else 0),
+        target=dataclasses.replace(spec, bits=BITS[-1]) if isinstance(node, Quantized) else spec,
+        transposed=isinstance(node, Quantized) and node.transposed,
+    )
     if latent is None:
         return out
-    spread = out._spread(log_scale, rows.shape[-1])
-    step, _, _ = out._rounding(rows.shape[-1])
-    reach = 0.49 * step * spread
-    moved = rows + jnp.clip(jnp.asarray(latent, jnp.float32) - rows, -reach, reach)
+    reach = 0.49 * out.rounding()[0] * out.spread(log_scale, rows.shape[-1])
+    moved = rows + jnp.clip(latent.astype(jnp.float32) - rows, -reach, reach)
     return out.replace(latent=moved)  # pyright: ignore[reportAttributeAccessIssue]

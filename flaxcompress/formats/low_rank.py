@@ -75,8 +75,8 @@ class LowRankSpec(Spec):
 
     kind: ClassVar[str] = "low_rank"
     rank: int
-    left: Spec = DenseSpec()
-    right: Spec = DenseSpec()
+    left: Spec = dataclasses.field(default_factory=DenseSpec)
+    right: Spec = dataclasses.field(default_factory=DenseSpec)
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or self.rank < 1:

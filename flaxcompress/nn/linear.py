@@ -56,7 +56,7 @@ class Linear(nn.Module):
 
     def record(self, x: Float[Array, "*B n"]) -> None:
         """Keeps x in the collection "inputs" when the caller made it mutable; nothing otherwise."""
-        self.sow(INPUTS, "x", x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        self.sow(INPUTS, "x", x, init_fn=lambda: x, reduce_fn=lambda _, new: new)
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)

@@ -84,7 +84,8 @@ def init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for index, part in enumerate(PARTS):
         for number in range(config.sharing.sets(part)):
-            sets = tuple(number if i == index else 0 for i in range(len(PARTS)))
+            attention, feed_forward, norms = (number if i == index else 0 for i in range(len(PARTS)))
+            sets = (attention, feed_forward, norms)
             layer_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
             one = Layer(config, sets, parent=None).init(layer_key, x)["params"][part]  # pyright: ignore[reportIndexIssue]
             flat.update(tree.walk(one, f"layers/{number}/{part}"))
@@ -107,7 +108,7 @@ class Stack(nn.Module):
         need_attentions: bool = False,
         record: Record | None = None,
     ) -> StackOutput:
-        """Runs the layers; `record(inputs, mask)` reduces what each layer's kernels are multiplied by (see `Linear`)."""
+        """Runs the layers; `record(inputs, mask)` reduces what each kernel is multiplied by (see `Linear`)."""
         config = self.config
         if self.is_initializing():
             layers = init_layers(config, self.make_rng("params"))

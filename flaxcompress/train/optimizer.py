@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,8 @@ class Rates:
     """Learning rates at the peak of the schedule.
 
     Attributes:
-      weights: of matrices (dense or latent), relative to their root mean square: Adam's unit step moves a weight by this
-        fraction of a typical weight. Factors of very different sizes can then share one rate.
+      weights: of matrices (dense or latent), relative to their root mean square: Adam's unit step moves a weight by
+        this fraction of a typical weight. Factors of very different sizes can then share one rate.
       scales: of the logarithms of quantization scales.
       vectors: of biases and norms, absolute.
     """
@@ -70,7 +71,7 @@ def make_optimizer(
         parts.append(optax.scale_by_learning_rate(lambda step: rate * schedule(step)))
         return optax.chain(*parts)
 
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "weights": group(rates.weights, True),
         "scales": group(rates.scales, False),
         "vectors": group(rates.vectors, False),

@@ -1,0 +1,199 @@
+"""How small can all-MiniLM-L6-v2 get, and what does each choice cost?
+
+Question: size of `model.safetensors` against mean cosine to the original's sentence vectors and Spearman on STS-B dev,
+for the shipped recipes and the variants that were tried on the way, beside what a user would pick instead.
+
+Command (each configuration on its own; results are added to experiments/minilm_frontier.json):
+
+    export FLAXCOMPRESS_DATA=…    # the folder that holds wikitext2/ and stsb/
+    python experiments/minilm_frontier.py run balanced small tiny nano
+    python experiments/minilm_frontier.py table
+    python experiments/minilm_frontier.py plot          # writes experiments/minilm_frontier.png
+
+Calibration and healing text: WikiText-2 train. Dev sentences are only reported on. One seed, 2 CPU cores.
+
+RESULTS
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "minilm_frontier.json"
+KERNELS = r"layers/\d+/.*/kernel|embedding/position"
+ATTENTION = r"layers/\d+/attention/.*/kernel"
+POSITION = {"pattern": "embedding/position", "bits": 8}
+
+# Figures of the peers: mean cosine on STS-B sentences, measured once on two CPU cores.
+PEERS = [
+    ("PyTorch dynamic int8", 59.0, 0.9363),
+    ("ONNX Runtime dynamic int8", 22.8, 0.9579),
+    ("int4 everywhere, round to nearest", 12.8, 0.9566),
+]
+
+
+def trim() -> dict:
+    return {"Trim": {"positions": "limit", "pooler": "unused", "dtype": "float16"}}
+
+
+def quantize(attention: int, feed_forward: int, group: int = 64, **more) -> dict:
+    overrides = [POSITION, *more.pop("first", [])]
+    if attention != feed_forward:
+        overrides.append({"pattern": ATTENTION, "bits": attention, "group": group})
+    return {"Quantize": {"bits": feed_forward, "group": group, "pattern": KERNELS, "overrides": overrides, **more}}
+
+
+def table(bits: float, **more) -> dict:
+    return {"FactorizeEmbedding": {"average_bits": bits, "weighting": "fisher", **more}}
+
+
+def heal(steps: int, rate: float) -> dict:
+    return {"Heal": {"steps": steps, "weights": rate, "scales": rate / 2, "vectors": rate / 20}}
+
+
+CONFIGURATIONS = {
+    # shipped recipes, by name
+    "light": "light",
+    "balanced": "balanced",
+    "small": "small",
+    "tiny": "tiny",
+    "nano": "nano",
+    # the default's parts, without healing
+    "balanced, no healing": [trim(), table(2.15), quantize(4, 4)],
+    "balanced, nearest rounding, no healing": [trim(), table(2.15), quantize(4, 4, rounding="nearest")],
+    "balanced, error-minimising rounding, no healing": [trim(), table(2.15), quantize(4, 4, rounding="mse")],
+    "balanced, one plain SVD table, no healing": [
+        trim(),
+        {"FactorizeEmbedding": {"tiers": [{"rank": 128, "bits": 4}], "weighting": "none"}},
+        quantize(4, 4),
+    ],
+    "balanced, counts not tempered, no healing": [trim(), table(2.15, power=1.0), quantize(4, 4)],
+    "balanced, frequency metric, no healing": [trim(), table(2.15, weighting="frequency"), quantize(4, 4)],
+    "balanced, 3 tiers, no healing": [trim(), table(2.15, max_tiers=3), quantize(4, 4)],
+    "tiny, 150 steps": [trim(), table(1.42), quantize(3, 2), heal(150, 6e-3)],
+    "tiny, groups of 128, 150 steps": [trim(), table(1.50), quantize(3, 2, group=128), heal(150, 6e-3)],
+    "tiny, half the rate, 150 steps": [trim(), table(1.42), quantize(3, 2), heal(150, 3e-3)],
+}
+
+
+def data(name: str) -> Path:
+    folder = os.environ.get("FLAXCOMPRESS_DATA")
+    if not folder:
+        raise SystemExit("set FLAXCOMPRESS_DATA to the folder that holds wikitext2/ and stsb/")
+    return Path(folder) / name
+
+
+def run(names: list[str], out: Path) -> None:
+    import jax
+
+    import flaxcompress as fc
+
+    original = fc.load("minilm")
+    for name in names:
+        chosen = CONFIGURATIONS[name]
+        recipe = fc.Recipe.load(chosen) if isinstance(chosen, str) else fc.Recipe.from_json({"steps": chosen})
+        folder = out / name.replace(" ", "-").replace(",", "")
+        start = time.perf_counter()
+        small, report = fc.compress(
+            original,
+            recipe,
+            calibration=[data("wikitext2/train.txt.gz")],
+            key=jax.random.key(0),
+            work=folder.with_name(f".{folder.name}.work"),
+            progress=True,
+        )
+        seconds = time.perf_counter() - start
+        fc.save(small, folder, report=report, overwrite=True)
+        record(name, folder, seconds, original)
+
+
+def record(name: str, folder: Path, seconds: float | None, original) -> None:
+    """Measures a saved folder and adds it to the results."""
+    import flaxcompress as fc
+
+    small = fc.load(folder)
+    found = fc.evaluate(small, "sts", data=data("stsb/dev.tsv.gz"), reference=original)
+    report = json.loads((folder / "report.json").read_text())
+    entry = {
+        "MB": (folder / "model.safetensors").stat().st_size / 1e6,
+        "spearman": found["spearman"],
+        "cosine": found["mean_cosine"],
+        "held_out_cosine": report["fidelity"]["mean_cosine"],
+        "held_out_rank_correlation": report["fidelity"]["rank_correlation"],
+        "seconds": seconds if seconds is not None else report["seconds"],
+        "recipe": report["recipe"],
+    }
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name] = entry
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(name, {k: round(v, 4) for k, v in entry.items() if isinstance(v, float)}, flush=True)
+
+
+def print_table() -> None:
+    results = json.loads(RESULTS.read_text())
+    print("| configuration | MB | STS-B dev | cosine on STS-B dev sentences | cosine on held-out text | minutes |")
+    print("|---|---|---|---|---|---|")
+    for name, r in sorted(results.items(), key=lambda item: -item[1]["MB"]):
+        print(
+            f"| {name} | {r['MB']:.2f} | {r['spearman']:.4f} | {r['cosine']:.4f} | {r['held_out_cosine']:.4f} "
+            f"| {r['seconds'] / 60:.1f} |"
+        )
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = json.loads(RESULTS.read_text())
+    shipped = [(n, results[n]) for n in ("light", "balanced", "small", "tiny", "nano") if n in results]
+    others = [r for n, r in results.items() if n not in dict(shipped)]
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    axes.plot([r["MB"] for _, r in shipped], [r["cosine"] for _, r in shipped], "o-", label="flaxcompress recipes")
+    for n, r in shipped:
+        axes.annotate(n, (r["MB"], r["cosine"]), textcoords="offset points", xytext=(6, -12))
+    axes.plot([r["MB"] for r in others], [r["cosine"] for r in others], ".", color="0.6", label="tried on the way")
+    axes.plot([p[1] for p in PEERS], [p[2] for p in PEERS], "s", color="tab:red", label="what else there is")
+    for n, size, cosine in PEERS:
+        axes.annotate(n, (size, cosine), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set(xscale="log", xlabel="model.safetensors, MB (original: 90.9)", ylabel="mean cosine on STS-B dev sentences")
+    axes.set_xticks([4, 6, 9, 12, 23, 59], ["4", "6", "9", "12", "23", "59"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(HERE / "minilm_frontier.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "record", "table", "plot", "list"])
+    parser.add_argument("names", nargs="*", help="configurations (see list)")
+    parser.add_argument("--out", type=Path, default=Path("frontier"), help="where compressed folders go")
+    arguments = parser.parse_args()
+    unknown = [n for n in arguments.names if n not in CONFIGURATIONS]
+    if unknown:
+        parser.error(f"unknown configuration {unknown[0]!r}; known: {', '.join(CONFIGURATIONS)}")
+    if arguments.action == "run":
+        run(arguments.names, arguments.out)
+    elif arguments.action == "record":
+        import flaxcompress as fc
+
+        original = fc.load("minilm")
+        for name in arguments.names:
+            record(name, arguments.out / name.replace(" ", "-").replace(",", ""), None, original)
+    elif arguments.action == "table":
+        print_table()
+    elif arguments.action == "plot":
+        plot()
+    else:
+        print("\n".join(CONFIGURATIONS))
+
+
+if __name__ == "__main__":
+    main()

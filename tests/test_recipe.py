@@ -1,0 +1,135 @@
+"""Recipes, plans, targets and the whole of `compress` on a tiny model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import flaxcompress as fc
+from flaxcompress.compress import recipe_names
+from flaxcompress.compress.allocate import parse_target
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(20))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = fc.ModelConfig(vocabulary=len(WORDS), width=64, layers=2, heads=4, feed_forward_width=128, positions=48)
+    assets = fc.Assets(
+        files=(("vocab.txt", "\n".join(WORDS).encode()),),
+        pooling=fc.Pooling("mean", True),
+        max_length=32,
+        source="someone/some-model",
+        licence="mit",
+    )
+    return fc.Model.init(config, key=jax.random.key(0), assets=assets)
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS[5:], rng.integers(5, 20))) for _ in range(200)]
+
+
+def test_the_shipped_recipes_are_valid_and_round_trip():
+    assert recipe_names() == ["balanced", "light", "nano", "small", "tiny"]
+    for name in recipe_names():
+        recipe = fc.Recipe.load(name)
+        assert recipe.description
+        assert fc.Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+@pytest.mark.parametrize("name", ["light", "balanced", "small", "tiny", "nano"])
+def test_every_shipped_recipe_runs_and_lands_within_its_plan(model, sentences, name):
+    recipe = fc.Recipe.load(name).with_heal_steps(2)
+    if name == "nano":  # a table this small cannot have so few bits: its basis alone is larger
+        steps = [s for s in recipe.steps if not isinstance(s, fc.FactorizeEmbedding)]
+        recipe = fc.Recipe([steps[0], fc.FactorizeEmbedding(average_bits=3.0), *steps[1:]])
+    plan = recipe.plan(model)
+    small, report = fc.compress(model, recipe, calibration=sentences, key=jax.random.key(0))
+    assert small.nbytes <= plan.after < plan.before == model.nbytes
+    assert [s["name"] for s in report.steps] == [s.name for s in recipe.steps]
+    again, _ = fc.compress(model, recipe, calibration=sentences, key=jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(small.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_report_holds_what_scripts_rely_on(model, sentences, tmp_path):
+    recipe = fc.Recipe([fc.Quantize(bits=8), fc.Heal(steps=3)])
+    small, report = fc.compress(model, recipe, calibration=sentences, key=jax.random.key(0))
+    fc.save(small, tmp_path / "out", report=report)
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    for key in ("params", "bytes", "flops_per_token"):
+        assert set(data[key]) == {"before", "after"}
+    assert data["bytes"]["after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert set(data["fidelity"]) == {"data", "n", "mean_cosine", "rank_correlation", "neighbour_overlap_10"}
+    assert set(data["steps"][0]) == {"name", "params", "bytes", "seconds"}
+    assert data["seconds"] > 0 and data["versions"]["jax"] == jax.__version__
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card and "base_model: someone/some-model" in card and "Quantize" in card
+    assert "<html" in (tmp_path / "out" / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize("target", ["3x", "4x", "5x", "6x", "80KB"])
+def test_a_target_is_met_and_never_passed(model, sentences, target):
+    recipe = fc.Recipe.load("balanced").with_heal_steps(0).with_target(target, model)
+    small, _ = fc.compress(model, recipe, calibration=sentences, key=jax.random.key(0))
+    allowed = parse_target(target, model.nbytes)
+    assert 0.5 * allowed < small.nbytes <= allowed
+
+
+@pytest.mark.parametrize("target", ["", "x", "8", "0x", "-2x", "10 miles", "1x", "900MB"])
+def test_targets_that_make_no_sense_are_refused(model, target):
+    with pytest.raises(ValueError, match="target"):
+        fc.Recipe.load("balanced").with_target(target, model)
+
+
+def test_an_unreachable_target_names_the_smallest(model):
+    with pytest.raises(ValueError, match=r"cannot be reached; the smallest .* MB"):
+        fc.Recipe.load("balanced").with_target("1KB", model)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: [{Quantise: {bits: 8}}]", "did you mean 'Quantize'"),
+        ("steps: [{Quantize: {bit: 8}}]", "did you mean 'bits'"),
+        ("steps: [{Quantize: {bits: eight}}]", "expected int"),
+        ("steps: [{Quantize: {bits: 5}}]", "bits must be one of"),
+        ("steps: [{Quantize: {rounding: gptp}}]", "did you mean 'gptq'"),
+        ("steps: [{LowRank: {rank: 4}}]", "pattern must be given"),
+        ("steps: {Quantize: {bits: 8}}", "list of 'steps'"),
+        ("step: []", "list of 'steps'"),
+        ("steps: []\nnote: x", "unknown key 'note'"),
+        ("steps: [a: b: c", "not valid YAML"),
+        ("steps: [{Quantize: {bits: 8}, Heal: {}}]", "one name with its settings"),
+    ],
+)
+def test_wrong_recipes_say_what_is_wrong(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        fc.Recipe.from_yaml(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (fc.Quantize(bits=8, pattern="layers/.*/kernels"), "matches no parameter"),
+        (fc.LowRank(pattern=r"layers/\d+/attention/.*/kernel", rank=60), "rank <= 31"),
+        (fc.LowRank(pattern=r"layers/\d+/attention/.*/kernel", rank=0), "rank 0"),
+        (fc.LowRank(pattern=r"layers/\d+/attention/.*/kernel", rank=65, allow_larger=True), "1 … 64"),
+        (fc.LowRank(pattern=r"layers/\d+/attention/.*/kernel"), "either rank or keep"),
+        (fc.FactorizeEmbedding(rank=64), "rank <= "),
+        (fc.FactorizeEmbedding(target_bytes=10), "too few"),
+    ],
+)
+def test_a_plan_refuses_steps_that_do_not_fit(model, step, message):
+    with pytest.raises(ValueError, match=message):
+        fc.Recipe([step]).plan(model)
+
+
+def test_a_model_without_tokenizer_is_refused(model):
+    bare = model.replace(assets=fc.Assets(max_length=32))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        fc.compress(bare, fc.Recipe([fc.Quantize()]), calibration=["a b c"] * 50, key=jax.random.key(0))
