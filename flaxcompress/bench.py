@@ -212,7 +212,7 @@ def bench(
     present, notes = _installed(against)
     busy, cores = os.getloadavg()[0], _cores()
     if busy > cores / 2:
-        notes.append(f"the machine was busy: load {busy:.1f} on {cores} cores; such figures favour whoever waits less")
+        notes.append(f"the machine was busy (load {busy:.1f} on {cores} cores): measure again when it is idle")
     folders = {str(name): resolve(name) for name in models}
     own = {name: _Flax(folder) for name, folder in folders.items()}
     vocabulary = min(one.model.config.vocabulary for one in own.values())

@@ -21,7 +21,14 @@ from flaxcompress.data.stream import FragmentStream
 from flaxcompress.train import freeze_model, thaw_model, train
 from flaxcompress.train.objectives import cosine_loss, hidden_loss, logits_loss
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(10))]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(10)),
+]
 
 
 def make_model(head="none", key=0):

@@ -19,7 +19,20 @@ KERNELS = ROOT / "kernels" / "pallas"
 # beside `text`, `card` is one of `model`.
 ORDER = (
     *("config", "text", "storage", "progress", "tree", "linalg", "kernels", "ops", "formats", "nn", "families"),
-    *("card", "model", "generate", "data", "evaluate", "train", "compress", "export", "bench", "cli", "__init__"),
+    *(
+        "card",
+        "model",
+        "generate",
+        "data",
+        "evaluate",
+        "train",
+        "compress",
+        "export",
+        "bench",
+        "cli",
+        "__main__",
+        "__init__",
+    ),
 )
 # (importing file, imported unit): why this import, made at call time, may point to the right.
 LATE = {

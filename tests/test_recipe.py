@@ -10,7 +10,14 @@ import flaxcompress as fc
 from flaxcompress.compress import recipe_names
 from flaxcompress.compress.allocate import parse_target
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(20))]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(20)),
+]
 
 
 @pytest.fixture(scope="module")

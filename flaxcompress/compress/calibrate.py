@@ -68,7 +68,7 @@ class Calibration:
         """
         return self._cached("fisher", model, lambda: _fisher(model, self, sentences, progress))
 
-    def token_gradient_moment(self, model: Model, *, sentences: int = 512) -> Float[np.ndarray, "D D"]:
+    def token_gradient_moment(self, model: Model, *, sentences: int = 256) -> Float[np.ndarray, "D D"]:
         """G = E[gᵀg], g the gradient of a random projection of the sentence vector with respect to a token's vector.
 
         An error e in a token's vector then costs about e·G·eᵀ: the metric in which a table should be approximated.

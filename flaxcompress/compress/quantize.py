@@ -17,7 +17,7 @@ from flaxcompress.compress.calibrate import Batch, dense_model, moments_of
 from flaxcompress.compress.rounding import gptq, round_rows
 from flaxcompress.compress.sensitivity import choose_bits, kernel_sensitivities, spec_bytes
 from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import PARTS, ModelConfig
 from flaxcompress.formats import Bucketed, Format, LowRank, Quantized, QuantizedSpec, materialize
 from flaxcompress.formats.base import parse_spec, spec_of
 from flaxcompress.model import Model, abstract_flat, compute_dtype, replace_matrices
@@ -257,7 +257,7 @@ def walk_layers(
     with progress_bar("layers", config.layers, show=progress) as advance:
         for number in range(config.layers):
             sets = layer_sets(config, number)
-            by_part = dict(zip(("attention", "feed_forward", "norms"), sets, strict=True))
+            by_part: dict[str, int] = dict(zip(PARTS, sets, strict=True))
             for stage in _STAGES:
                 addresses = [f"layers/{by_part[part]}/{part}/{name}/kernel" for part, name in stage]
                 if all(a in seen for a in addresses):

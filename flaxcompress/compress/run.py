@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -62,7 +63,8 @@ def compress(
         done.append(entry)
     held_out = list(text.held_out)
     vectors, reference = (m.encode(held_out, progress=progress) for m in (small, model))
-    before, after = profile(model), profile(small)
+    length = min(128, small.config.positions)
+    before, after = profile(model, length=length), profile(small, length=length)
     report = Report(
         params={"before": before.params, "after": after.params},
         bytes={"before": file_bytes(model), "after": file_bytes(small)},
@@ -132,8 +134,9 @@ def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText, key)
     }
     mark = folder / "run.json"
     if mark.is_file():
-        if json.loads(mark.read_text("utf-8")) == json.loads(json.dumps(identity)):
-            return folder
+        with contextlib.suppress(ValueError):  # a damaged mark is another run's
+            if storage.read_json(mark) == json.loads(json.dumps(identity)):
+                return folder
         log.warning("%s belongs to another run; starting afresh", folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -160,7 +160,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"{where}: {value!r} is not allowed; {closest(str(value), map(str, args))}")
         return value
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where)
+        return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

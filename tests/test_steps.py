@@ -1,0 +1,544 @@
+"""Every compression step on a tiny model: what its plan promises, what it refuses, and what it is for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcompress import model as model_file
+from flaxcompress import tree
+from flaxcompress.compress import (
+    BitsFor,
+    Calibration,
+    Context,
+    FactorizeEmbedding,
+    LowRank,
+    Quantize,
+    TierSetting,
+    Trim,
+    known_steps,
+    step_from_json,
+)
+from flaxcompress.config import ModelConfig, Sharing
+from flaxcompress.data import CalibrationText
+from flaxcompress.formats import Format, materialize, nbytes, to_tensors
+from flaxcompress.model import Model, abstract_flat
+from flaxcompress.text import Assets, Pooling
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [f"w{i}" for i in range(195)]
+CONFIG = ModelConfig(
+    vocabulary=200, width=24, layers=2, heads=2, feed_forward_width=32, positions=20, dropout=0.0, attention_dropout=0.0
+)
+TOKEN = "embedding/token"
+KERNELS = r"layers/\d+/(attention|feed_forward)/.*/kernel"
+FEED_FORWARD = r"layers/\d+/feed_forward/.*/kernel"
+
+
+@functools.cache
+def text() -> CalibrationText:
+    """37 sentences of Zipf-distributed words: not a multiple of any batch size."""
+    rng = np.random.default_rng(0)
+    chances = 1 / (np.arange(len(WORDS)) + 3.0)
+    draw = functools.partial(rng.choice, WORDS, p=chances / chances.sum())
+    found = tuple(" ".join(draw(int(n))) for n in rng.integers(3, 13, 37))
+    return CalibrationText(name="words", train=found, held_out=())
+
+
+@functools.cache
+def tiny(pooling: Pooling | None = Pooling("mean", True), shared: bool = False) -> Model:
+    """Random weights whose matrices have decaying spectra, as trained ones do; made on the host."""
+    config = CONFIG
+    if shared:
+        config = config.replace(sharing=Sharing(attention=(0, 0), feed_forward=(0, 1), norms=(0, 1)))
+    rng = np.random.default_rng(1)
+    flat = {}
+    for address, node in abstract_flat(config).items():
+        value = rng.normal(size=node.shape)
+        if value.ndim == 2:
+            value = (
+                value @ np.diag(np.geomspace(1.5, 0.05, node.shape[1])) @ rng.normal(size=(node.shape[1],) * 2) * 0.2
+            )
+        else:
+            value = 0.1 * value + (1.0 if address.endswith("/scale") else 0.0)
+        flat[address] = jnp.asarray(value, jnp.float32)
+    files = (("vocab.txt", "\n".join([*SPECIAL, *WORDS]).encode()),)
+    assets = Assets(files=files, max_length=16, pooling=pooling)
+    return Model(params=tree.unflatten(flat), config=config, assets=assets)
+
+
+@functools.cache
+def calibration() -> Calibration:
+    return Calibration(text(), tiny().assets, vocabulary=200)
+
+
+def context(model: Model | None = None) -> Context:
+    return Context(original=model or tiny(), calibration=calibration())
+
+
+@functools.cache
+def applied(step, model: Model | None = None, seed: int = 0) -> Model:
+    return step(tiny() if model is None else model, context(), key=jax.random.key(seed))
+
+
+TIERS = (TierSetting(rows=20, rank=10, bits=8), TierSetting(rows=60, rank=8, bits=4), TierSetting(rank=3, bits=2))
+STEPS = {
+    "trim": Trim(positions=12, pooler="drop", dtype="float16"),
+    "trim-positions": Trim(positions=16),
+    "embedding-rank": FactorizeEmbedding(rank=9),
+    "embedding-plain": FactorizeEmbedding(rank=9, weighting="none"),
+    "embedding-keep": FactorizeEmbedding(keep=0.5, prior="uniform"),
+    "embedding-fisher": FactorizeEmbedding(rank=9, weighting="fisher"),
+    "embedding-tiers": FactorizeEmbedding(tiers=TIERS),
+    "embedding-float-tiers": FactorizeEmbedding(tiers=(TierSetting(rows=50, rank=12), TierSetting(rank=4))),
+    "embedding-bytes": FactorizeEmbedding(target_bytes=2600, max_tiers=2),
+    "embedding-average-bits": FactorizeEmbedding(average_bits=6.0, max_tiers=2, weighting="fisher"),
+    "low_rank-activation": LowRank(pattern=FEED_FORWARD, rank=6),
+    "low_rank-none": LowRank(pattern=KERNELS, keep=0.6, whitening="none"),
+    "low_rank-fisher": LowRank(pattern=KERNELS, rank=6, whitening="fisher"),
+    "quantize-8": Quantize(),
+    "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
+    "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
+    "quantize-2-nearest": Quantize(bits=2, rounding="nearest", scale_dtype="float32"),
+    "quantize-mixed": Quantize(
+        bits=4, overrides=(BitsFor(pattern=FEED_FORWARD, bits=3, group=8), BitsFor(pattern=TOKEN, bits=8))
+    ),
+}
+CERTAIN = [name for name in STEPS if name not in ("embedding-bytes", "embedding-average-bits")]
+SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed"}
+EVERY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
+)
+
+
+def signatures(flat) -> dict:
+    return {address: tree.signature(node) for address, node in flat.items()}
+
+
+@EVERY
+def test_result_is_what_the_plan_says(name):
+    """Equal trees; where the layout depends on data, no more bytes than planned."""
+    step = STEPS[name]
+    planned = step.plan(tiny().config)
+    result = applied(step)
+    flat = tree.flatten(result.params)
+    assert signatures(flat) == signatures(abstract_flat(result.config))  # the config describes the weights
+    if name in CERTAIN:
+        assert signatures(flat) == signatures(abstract_flat(planned))
+        assert {a: planned.format_rule(a) for a in flat} == {a: result.config.format_rule(a) for a in flat}
+    else:
+        assert nbytes(flat[TOKEN]) <= nbytes(abstract_flat(planned)[TOKEN])
+        assert result.config.replace(formats=()) == planned.replace(formats=())
+    for tensor in (t for a, n in flat.items() for t in to_tensors(n, a).values()):
+        assert np.isfinite(np.asarray(tensor, np.float32)).all()
+
+
+@EVERY
+def test_nothing_is_changed_in_place_and_untouched_matrices_stay(name):
+    before = jax.tree.map(np.asarray, tiny().params)
+    result = applied(STEPS[name])
+    jax.tree.map(np.testing.assert_array_equal, tiny().params, before)
+    old, new = tree.flatten(tiny().params), tree.flatten(result.params)
+    planned = abstract_flat(STEPS[name].plan(tiny().config))
+    for address, node in new.items():
+        if tree.signature(planned[address]) == tree.signature(old[address]):
+            np.testing.assert_array_equal(node, old[address], err_msg=address)
+
+
+@EVERY
+def test_result_is_smaller(name):
+    assert applied(STEPS[name]).nbytes < tiny().nbytes
+
+
+@EVERY
+def test_the_same_key_gives_the_same_weights(name):
+    first, again = applied(STEPS[name]), STEPS[name](tiny(), context(), key=jax.random.key(0))
+    assert first.config == again.config
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+
+
+@EVERY
+def test_settings_survive_json(name):
+    step = STEPS[name]
+    data = json.loads(json.dumps(step.to_json()))
+    assert list(data) == [step.name]
+    assert step_from_json(data) == step
+    assert hash(step_from_json(data)) == hash(step)
+
+
+def test_the_table_covers_every_step():
+    assert {step.name for step in STEPS.values()} | {"Heal"} == set(known_steps())
+
+
+# ── one after another ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("trim", "embedding-tiers", "low_rank-activation", "quantize-4-gptq"),
+        ("embedding-float-tiers", "low_rank-none", "quantize-8"),
+        ("quantize-8", "trim"),
+        ("embedding-bytes", "quantize-mixed-kernels"),
+        ("low_rank-activation", "low_rank-activation"),
+    ],
+    ids=" then ".join,
+)
+def test_steps_follow_one_another(names):
+    steps = STEPS | {"quantize-mixed-kernels": Quantize(bits=4, group=8, pattern=".*/kernel|embedding/position")}
+    model, shared = tiny(), context()
+    for number, name in enumerate(names):
+        planned = steps[name].plan(model.config)
+        model = steps[name](model, shared, key=jax.random.key(number))
+        flat = tree.flatten(model.params)
+        assert signatures(flat) == signatures(abstract_flat(model.config))
+        if name in CERTAIN:
+            assert signatures(flat) == signatures(abstract_flat(planned))
+    out = model(np.ones((1, 4), int))
+    assert np.isfinite(out.last_hidden_state).all()
+    assert model.nbytes < tiny().nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [Quantize(bits=4, group=8), LowRank(pattern=KERNELS, rank=6)], ids=lambda s: s.name)
+def test_shared_sets_are_compressed_once(step):
+    model = tiny(shared=True)
+    result = step(model, Context(original=model, calibration=calibration()), key=jax.random.key(0))
+    assert "layers/1/attention/query/kernel" not in tree.flatten(result.params)
+    assert signatures(tree.flatten(result.params)) == signatures(abstract_flat(step.plan(model.config)))
+    assert np.isfinite(result(np.ones((1, 4), int)).last_hidden_state).all()
+
+
+def test_quantizing_what_is_quantized_changes_nothing():
+    result = Quantize(bits=2, rounding="nearest")(applied(STEPS["quantize-3-mse"]), context(), key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, result.params, applied(STEPS["quantize-3-mse"]).params)
+
+
+# ── what each step is for ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.cache
+def inputs() -> tuple[np.ndarray, np.ndarray]:
+    rows = calibration().rows
+    ids = np.asarray([row + [0] * (16 - len(row)) for row in rows])
+    return ids, np.arange(16) < np.asarray([[len(row)] for row in rows])
+
+
+@functools.cache
+def dense_hidden(model: Model) -> np.ndarray:
+    """Hidden states of the real tokens, computed with dense weights so that all results share one compiled function."""
+    flat = {a: materialize(n) if isinstance(n, Format) else n for a, n in tree.flatten(model.params).items()}
+    flat = {a: n.astype(jnp.float32) for a, n in flat.items()}
+    dense = Model(params=tree.unflatten(flat), config=model.config.replace(formats=()), assets=model.assets)
+    ids, mask = inputs()
+    return np.asarray(dense(ids, mask).last_hidden_state)[mask]
+
+
+def hidden_error(step) -> float:
+    want = dense_hidden(tiny())
+    return float(((dense_hidden(applied(step)) - want) ** 2).mean() / want.var())
+
+
+def token_error(step, weights=None) -> float:
+    e = np.asarray(materialize(tree.flatten(applied(step).params)[TOKEN])) - tree.flatten(tiny().params)[TOKEN]
+    return float(((e**2).sum(1) * (1.0 if weights is None else weights)).sum())
+
+
+def output_error(step, address: str) -> float:
+    """E‖x(Ŵ - W)‖² on the original's inputs."""
+    moments = calibration().input_moments(tiny())[address.removesuffix("/kernel")]
+    old, new = tree.flatten(tiny().params)[address], tree.flatten(applied(step).params)[address]
+    e = np.asarray(materialize(new) - old, np.float64)
+    return float(np.einsum("nm,nk,km->", e, moments, e))
+
+
+def test_input_moments_are_those_of_the_layers_inputs():
+    """Of the first layer's query: the normalised embeddings of the real tokens."""
+    moments = calibration().input_moments(tiny())
+    assert set(moments) == {a.removesuffix("/kernel") for a in tree.select(tree.flatten(tiny().params), KERNELS)}
+    ids, mask = inputs()
+    x = np.asarray(tiny()(ids, mask, output_hidden_states=True).hidden_states[0], np.float64)[mask]
+    want = x.T @ x / len(x)
+    for projection in ("query", "key", "value"):
+        got = moments[f"layers/0/attention/{projection}"]
+        np.testing.assert_allclose(got, want, rtol=0, atol=len(x) ** 0.5 * 8 * np.finfo(np.float32).eps * want.max())
+    for moment in moments.values():
+        assert moment.shape[0] == moment.shape[1] and np.linalg.eigvalsh(moment)[0] > -1e-4 * np.trace(moment)
+
+
+def test_whitening_beats_plain_on_outputs():
+    whitened, plain = (LowRank(pattern=FEED_FORWARD, rank=6, whitening=w) for w in ("activation", "none"))
+    for address in tree.select(tree.flatten(tiny().params), FEED_FORWARD):
+        assert output_error(whitened, address) < output_error(plain, address)
+    assert hidden_error(whitened) < hidden_error(plain)
+
+
+def test_gptq_beats_nearest_on_hidden_states():
+    errors = {
+        r: hidden_error(Quantize(bits=3, group=8, pattern=KERNELS, rounding=r)) for r in ("gptq", "mse", "nearest")
+    }
+    assert errors["gptq"] < 0.8 * errors["nearest"]
+    assert errors["gptq"] < errors["mse"]
+
+
+def test_more_bits_and_more_rank_are_closer():
+    bits = [hidden_error(Quantize(bits=b, pattern=KERNELS, rounding="mse")) for b in (8, 4, 3, 2)]
+    assert bits == sorted(bits)
+    ranks = [hidden_error(LowRank(pattern=FEED_FORWARD, rank=r, whitening="none")) for r in (12, 8, 3)]
+    assert ranks == sorted(ranks)
+
+
+def test_full_rank_is_lossless():
+    step = LowRank(pattern=KERNELS, rank=24, allow_larger=True, whitening="none")
+    assert hidden_error(step) < 1e-9  # of the variance: float32 factors
+    table = FactorizeEmbedding(rank=24, allow_larger=True, weighting="none")
+    assert token_error(table) < 1e-9 * float((tree.flatten(tiny().params)[TOKEN] ** 2).sum())
+
+
+def test_frequency_weighting_serves_frequent_tokens():
+    weighted = FactorizeEmbedding(rank=6, power=1.0)
+    plain = FactorizeEmbedding(rank=6, weighting="none")
+    counts = calibration().token_counts
+    assert token_error(weighted, counts) < token_error(plain, counts)
+    assert token_error(plain) < token_error(weighted)
+
+
+def test_tiers_beat_one_rank_of_the_same_size():
+    tiers = FactorizeEmbedding(tiers=(TierSetting(rows=30, rank=16), TierSetting(rank=4)), power=1.0)
+    size = applied(tiers).nbytes
+    single = FactorizeEmbedding(
+        rank=next(r for r in range(21, 0, -1) if applied(FactorizeEmbedding(rank=r)).nbytes <= size)
+    )
+    counts = calibration().token_counts
+    assert token_error(tiers, counts) < token_error(single, counts)
+
+
+@pytest.mark.parametrize("target", [1800, 2600, pytest.param(5000, marks=pytest.mark.slow)])
+def test_target_bytes_are_kept(target):
+    step = FactorizeEmbedding(target_bytes=target, max_tiers=2)
+    assert nbytes(tree.flatten(applied(step).params)[TOKEN]) <= target
+
+
+def test_every_target_that_the_plan_accepts_can_be_made():
+    """`--dry-run` must not promise what the run then refuses."""
+    with pytest.raises(ValueError, match="too small") as caught:
+        FactorizeEmbedding(target_bytes=10).plan(CONFIG)
+    smallest = int(re.findall(r"\d+", str(caught.value))[-1])
+    step = FactorizeEmbedding(target_bytes=smallest, max_tiers=1)
+    step.plan(CONFIG)
+    step(tiny(), context(), key=jax.random.key(0))
+
+
+def test_a_head_tied_to_the_table_stays_tied():
+    step = FactorizeEmbedding(rank=9)
+    config = step.plan(CONFIG.replace(head="masked_lm"))
+    assert [a for a in abstract_flat(config) if "token" in a] == [TOKEN]
+
+
+def test_spectra_are_kept_for_the_report():
+    shared = context()
+    LowRank(pattern=FEED_FORWARD, rank=6)(tiny(), shared, key=jax.random.key(0))
+    FactorizeEmbedding(rank=9)(tiny(), shared, key=jax.random.key(0))
+    kept = {s["address"]: s for s in shared.spectra}
+    assert set(kept) == {*tree.select(tree.flatten(tiny().params), FEED_FORWARD), TOKEN}
+    for spectrum in kept.values():
+        values = spectrum["singular_values"]
+        assert values == sorted(values, reverse=True) and 1 <= spectrum["rank"] <= len(values)
+    json.dumps(shared.spectra)
+
+
+def test_trim_lowers_the_length_limit():
+    result = applied(Trim(positions=12))
+    assert result.assets.max_length == 12 and result.config.positions == 12
+    longest = max(map(len, result.assets.tokenize([text().train[0] * 5]).ids))
+    assert longest == 12
+    np.testing.assert_array_equal(
+        tree.flatten(result.params)["embedding/position"], tree.flatten(tiny().params)["embedding/position"][:12]
+    )
+
+
+def test_trim_resolves_against_the_checkpoint():
+    step = Trim(positions="limit", pooler="unused")
+    assert step.resolve(tiny()) == Trim(positions=16, pooler="drop")
+    assert step.resolve(tiny(pooling=None)) == Trim(positions=16, pooler="keep")
+    assert applied(step).config == applied(Trim(positions=16, pooler="drop")).config
+
+
+# ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", [pytest.param("cls", marks=pytest.mark.slow), "mean"])
+def test_fisher_is_finite_with_padding_and_unit_vectors(mode):
+    """37 sentences fill no last batch; vectors are normalised, as all-MiniLM's are."""
+    model = tiny(pooling=Pooling(mode, True))
+    fisher = calibration().fisher(model)
+    assert all(np.isfinite(f).all() for f in fisher.values())
+    assert min(fisher[a].max() for a in tree.select(fisher, KERNELS)) > 0
+    moment = calibration().token_gradient_moment(model)
+    assert np.isfinite(moment).all() and np.trace(moment) > 0
+
+
+def test_statistics_are_kept_until_the_model_changes():
+    own = Calibration(text(), tiny().assets, vocabulary=200)
+    first = own.input_moments(tiny())
+    assert own.input_moments(tiny()) is first
+    assert own.input_moments(applied(Trim(positions=16))) is not first
+
+
+def test_token_counts():
+    counts = calibration().token_counts
+    assert counts.shape == (200,) and counts[2] == counts[3] == len(calibration().rows)
+    assert counts[0] == 0 and counts.sum() == sum(map(len, calibration().rows))
+
+
+# ── wrong settings ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def planned(step_type, **settings):
+    return lambda: step_type(**settings).plan(CONFIG)
+
+
+WRONG = {
+    "trim positions": (planned(Trim, positions=21), r"positions 21 is not in 1 … 20"),
+    "trim no positions": (planned(Trim, positions=0), r"positions 0 is not in 1 … 20"),
+    "embedding none": (planned(FactorizeEmbedding), "give one of rank, keep, tiers.*got none"),
+    "embedding both": (planned(FactorizeEmbedding, rank=3, keep=0.5), "give one of.*got rank, keep"),
+    "embedding rank 0": (planned(FactorizeEmbedding, rank=0), r"rank 0 is not in 1 … 24 for a 200×24 matrix"),
+    "embedding above width": (planned(FactorizeEmbedding, rank=25), "rank 25 is not in"),
+    "embedding break-even": (planned(FactorizeEmbedding, rank=22), "would enlarge a 200×24 matrix; use rank <= 21"),
+    "embedding keep": (planned(FactorizeEmbedding, keep=1.5), r"keep 1.5 must lie in \(0, 1\]"),
+    "embedding power": (planned(FactorizeEmbedding, rank=3, power=0.0), r"power 0.0 must lie in \(0, 2\]"),
+    "embedding bytes": (planned(FactorizeEmbedding, target_bytes=99), "target_bytes 99 is too small.*smallest is"),
+    "embedding no bits": (planned(FactorizeEmbedding, average_bits=0.0), "too small|average_bits"),
+    "embedding tiers short": (
+        planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=3),)),
+        r"tiers of \[20\] rows do not fit a table of 200",
+    ),
+    "embedding tiers long": (
+        planned(FactorizeEmbedding, tiers=(TierSetting(rows=201, rank=3), TierSetting(rank=3))),
+        "do not fit a table of 200",
+    ),
+    "embedding two open tiers": (
+        planned(FactorizeEmbedding, tiers=(TierSetting(rank=3), TierSetting(rank=3))),
+        "leave the rows of one tier out",
+    ),
+    "embedding empty open tier": (
+        planned(FactorizeEmbedding, tiers=(TierSetting(rows=200, rank=3), TierSetting(rank=3))),
+        "do not fit|rows",
+    ),
+    "embedding tier rank": (
+        planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=25), TierSetting(rank=3))),
+        "a tier's rank 25 is not in 1 … 24",
+    ),
+    "embedding tier of few rows": (
+        planned(FactorizeEmbedding, tiers=(TierSetting(rows=5, rank=9), TierSetting(rank=3))),
+        "rank 9",
+    ),
+    "embedding tier bits": (
+        planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=5, bits=5), TierSetting(rank=3))),
+        "bits must be one of",
+    ),
+    "low_rank pattern": (
+        planned(LowRank, pattern="layers/0/feed_forward/upp/kernel", rank=3),
+        "matches no parameter.*did you mean 'layers/0/feed_forward/up/kernel'",
+    ),
+    "low_rank of vectors": (planned(LowRank, pattern=".*/bias", rank=3), "matches no parameter"),
+    "low_rank bad pattern": (planned(LowRank, pattern="(", rank=3), "is not a regular expression"),
+    "low_rank both": (planned(LowRank, pattern=KERNELS, rank=3, keep=0.5), "give either rank or keep"),
+    "low_rank neither": (planned(LowRank, pattern=KERNELS), "give either rank or keep"),
+    "low_rank rank 0": (planned(LowRank, pattern=KERNELS, rank=0), "rank 0 is not in 1 … 24"),
+    "low_rank break-even": (
+        planned(LowRank, pattern=FEED_FORWARD, rank=14),
+        "rank 14 would enlarge a (24×32|32×24) matrix; use rank <= 13.*allow_larger",
+    ),
+    "quantize bits": (planned(Quantize, bits=5), "bits must be one of"),
+    "quantize group": (planned(Quantize, group=0), "group must be a positive integer"),
+    "quantize pattern": (planned(Quantize, pattern="embeding/token"), "did you mean 'embedding/token'"),
+    "quantize override": (
+        planned(Quantize, overrides=(BitsFor(pattern="nothing", bits=4),)),
+        "Quantize/overrides: 'nothing' matches no parameter",
+    ),
+    "quantize override bits": (planned(Quantize, overrides=(BitsFor(pattern=".*", bits=1),)), "bits must be one of"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings(name):
+    make, message = WRONG[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_break_even_can_be_overruled():
+    assert LowRank(pattern=FEED_FORWARD, rank=14, allow_larger=True).plan(CONFIG)
+    with pytest.raises(ValueError, match="rank 25 is not in"):
+        LowRank(pattern=FEED_FORWARD, rank=25, allow_larger=True).plan(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"Quantise": {}}, "recipe: unknown step 'Quantise'.*did you mean 'Quantize'"),
+        ({"Quantize": {"bit": 4}}, "recipe/Quantize: unknown key 'bit'.*did you mean 'bits'"),
+        ({"Quantize": {"bits": "four"}}, "recipe/Quantize/bits: expected int, got 'four'"),
+        ({"Quantize": {"bits": True}}, "recipe/Quantize/bits: expected int, got True"),
+        ({"Quantize": {"bits": 4.5}}, "recipe/Quantize/bits: expected int"),
+        ({"Quantize": {"rounding": "gpt"}}, "'gpt' is not allowed.*did you mean 'gptq'"),
+        ({"Quantize": 4}, "expected settings as key: value, got 4"),
+        ({"Quantize": {}, "Trim": {}}, "a step is one name with its settings"),
+        ("Quantize", "a step is one name with its settings"),
+        ({"LowRank": {"rank": 3}}, "recipe/LowRank: pattern must be given"),
+        ({"FactorizeEmbedding": {"tiers": 3}}, "recipe/FactorizeEmbedding/tiers: expected a list"),
+        ({"FactorizeEmbedding": {"tiers": [{"rows": 3}]}}, "FactorizeEmbedding/tiers/0: rank must be given"),
+        ({"FactorizeEmbedding": {"tiers": [{"rank": 3, "bit": 4}]}}, "tiers/0: unknown key 'bit'"),
+        ({"FactorizeEmbedding": {"rank": 3, "weighting": "fischer"}}, "did you mean 'fisher'"),
+        ({"Trim": {"positions": "limits"}}, "recipe/Trim/positions"),
+    ],
+)
+def test_wrong_json(data, message):
+    with pytest.raises(ValueError, match=message):
+        step_from_json(data)
+
+
+def test_json_numbers_and_defaults():
+    assert step_from_json({"Quantize": None}) == Quantize()
+    assert step_from_json({"LowRank": {"pattern": "x", "keep": 1}}) == LowRank(pattern="x", keep=1.0)
+    assert Quantize().to_json() == {"Quantize": {}}
+
+
+@pytest.mark.parametrize(
+    "step", [LowRank(pattern=KERNELS, rank=3), FactorizeEmbedding(rank=3), Quantize(bits=4)], ids=lambda s: s.name
+)
+def test_steps_that_need_text_say_so(step):
+    with pytest.raises(ValueError, match=f"{step.name}: needs calibration text; pass calibration="):
+        step(tiny(), Context(original=tiny()), key=jax.random.key(0))
+
+
+def test_whitening_where_nothing_was_recorded_says_so():
+    with pytest.raises(ValueError, match="no activations are recorded for pooler/dense/kernel; use whitening: none"):
+        LowRank(pattern="pooler/dense/kernel", rank=3)(tiny(), context(), key=jax.random.key(0))
+
+
+def test_fisher_where_nothing_is_read_says_so_or_stays_finite():
+    """The pooler has no part in sentence vectors: its gradient is zero."""
+    step = LowRank(pattern="pooler/dense/kernel", rank=3, whitening="fisher")
+    try:
+        result = step(tiny(), context(), key=jax.random.key(0))
+    except ValueError as error:
+        assert "pooler/dense/kernel" in str(error)
+    else:
+        assert np.isfinite(materialize(tree.flatten(result.params)["pooler/dense/kernel"])).all()
+
+
+def test_model_file_is_untouched_by_steps():
+    """Steps go through the public functions only: a replaced matrix is described by the config that comes with it."""
+    changed = model_file.replace_matrices(tiny(), {TOKEN: tree.flatten(tiny().params)[TOKEN].astype(jnp.float16)})
+    assert changed.config.format_rule(TOKEN) == {"kind": "dense", "dtype": "float16"}
