@@ -81,7 +81,9 @@ class Compress:
 
     model: ModelName
     out: Annotated[Path, arg(metavar="DIR", help="the folder to write")]
-    recipe: Annotated[str, arg(metavar="NAME|FILE", help="light, balanced, small, tiny, or a YAML file")] = "balanced"
+    recipe: Annotated[str, arg(metavar="NAME|FILE", help="light, balanced, small, tiny, nano or a YAML file")] = (
+        "balanced"
+    )
     target: Annotated[str | None, arg(metavar="8x|10MB", help="adjusts the recipe to reach this size")] = None
     data: Annotated[
         tuple[str, ...] | None,
@@ -506,6 +508,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _say(str(error))
         return MISTAKE
+    if argv is None and isinstance(verb, Compress):
+        _ask_for_huge_pages()
     with _quiet(verb.debug), _interruptible():
         try:
             table = verb.run()
@@ -526,6 +530,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not known and not verb.debug:
                 _say("this should not happen; run it again with --debug, and report the traceback")
             return FAILED
+
+
+def _ask_for_huge_pages() -> None:
+    """Starts this process over with huge pages for large allocations, where Linux gives them only to who asks.
+
+    XLA's temporary buffers are mapped anew at every step; in small pages the faults take two fifths of a healing step
+    (1.25 s against 0.74 s, measured on two cores). glibc reads the setting only when a process starts.
+    """
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    with contextlib.suppress(OSError):
+        if "GLIBC_TUNABLES" in os.environ or "[madvise]" not in switch.read_text():
+            return
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _say(line: str) -> None:

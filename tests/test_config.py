@@ -95,7 +95,7 @@ def test_sharing_counts_sets():
         ({"widht": 12}, "unknown key 'widht'.*did you mean 'width'"),
         (
             {"sharing": {"attention": [0, 0, 0], "feed_forwrd": [0, 0, 0]}},
-            "config/sharing.*did you mean 'feed_forward'",
+            "did you mean 'feed_forward'",
         ),
         ({"sharing": {"attention": [0, 0, 0]}}, "sharing.*(feed_forward|norms)"),
         ({"formats": [["(", {"kind": "dense"}]]}, "is not a regular expression"),

@@ -1,4 +1,4 @@
-"""The layout of DESIGN.md: which file may import which, what the package list says, and what an import loads."""
+"""The layout: which file may import which, what the package list says, and what an import loads."""
 
 from __future__ import annotations
 
