@@ -199,7 +199,12 @@ class ModelConfig:
         values = dict(data)
         if values.get("sharing") is not None:
             reject_unknown("config/sharing", values["sharing"], PARTS)
+            if without := [p for p in PARTS if p not in values["sharing"]]:
+                raise ValueError(f"config/sharing: missing {', '.join(without)}")
             values["sharing"] = Sharing(**{p: tuple(values["sharing"][p]) for p in PARTS})
         rules = values.get("formats", ())
+        for rule in rules:
+            if not isinstance(rule, (list, tuple)) or len(rule) != 2:
+                raise ValueError(f"config/formats: a rule is [pattern, format], got {rule!r}")
         values["formats"] = tuple(FormatRule(pattern=p, spec=s) for p, s in rules)
         return cls(**values)

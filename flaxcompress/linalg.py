@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+_ROWS = 4096  # rows of a table worked on at once
+
 
 class Factors(NamedTuple):
     """left [n, R] · right [R, m] and the spectrum that was cut.
@@ -48,15 +50,17 @@ def row_weighted_svd(
 ) -> Factors:
     """The rank-R table A·B that minimises Σ_v w_v ‖E_v - A_v B‖² (GroupReduce, Chen et al. 2018, eq. 2).
 
-    B is orthonormal, so that A = EBᵀ; zero weights are allowed.
+    B is orthonormal, so that A = EBᵀ (in the table's dtype); zero weights are allowed.
     """
-    e = np.asarray(table, np.float64)
+    e = np.asarray(table)
     _check_rank(rank, *e.shape)
-    weighted = e if weights is None else e * np.asarray(weights, np.float64)[:, None]
-    gram = e.T @ weighted
+    gram = np.zeros((e.shape[1], e.shape[1]))
+    for start in range(0, len(e), _ROWS):  # float64 sums without a float64 copy of the table
+        part = e[start : start + _ROWS].astype(np.float64)
+        gram += part.T @ (part if weights is None else part * np.asarray(weights[start : start + _ROWS])[:, None])
     values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     right = vectors[:, ::-1][:, :rank].T
-    return Factors(e @ right.T, right, np.sqrt(np.maximum(values[::-1], 0.0)))
+    return Factors(e @ right.T.astype(e.dtype), right, np.sqrt(np.maximum(values[::-1], 0.0)))
 
 
 def two_sided_svd(
@@ -68,10 +72,16 @@ def two_sided_svd(
     """
     w = np.asarray(weight, np.float64)
     _check_rank(rank, *w.shape)
-    left = np.sqrt(np.maximum(rows, 1e-6 * np.mean(rows)))
-    right = np.sqrt(np.maximum(columns, 1e-6 * np.mean(columns)))
+    left, right = _root(rows), _root(columns)
     u, s, vt = np.linalg.svd(left[:, None] * w * right, full_matrices=False)
     return Factors(u[:, :rank] * s[:rank] / left[:, None], vt[:rank] / right, s)
+
+
+def _root(weights: np.ndarray) -> np.ndarray:
+    """√weights, floored; all ones when every weight is zero: nothing is known of a matrix that no gradient reached."""
+    if not np.any(weights):
+        return np.ones_like(weights, dtype=np.float64)
+    return np.sqrt(np.maximum(weights, 1e-6 * np.mean(weights)))
 
 
 def rank_for_energy(spectrum: Float[np.ndarray, " k"], energy: float) -> int:

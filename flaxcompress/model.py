@@ -132,6 +132,12 @@ class Model:
             for chunk in _chunks(texts, _CHUNK):
                 batch = self.assets.tokenize(chunk)
                 truncated += batch.truncated
+                highest = max((max(row, default=0) for row in batch.ids), default=0)
+                if highest >= self.config.vocabulary:
+                    raise ValueError(
+                        f"encode: the tokenizer gives id {highest}, but the token table has {self.config.vocabulary} "
+                        "rows: tokenizer and weights do not belong together"
+                    )
                 if params is None:
                     large = (known or len(chunk)) > 4 * batch_size
                     params = compute_ready(self.params) if large else self.params
@@ -234,6 +240,12 @@ def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segme
     for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if value is not None and tuple(np.shape(value)) != tuple(ids.shape):
             raise ValueError(f"{name}: shape {list(np.shape(value))} differs from input_ids' {list(ids.shape)}")
+    if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+        values = np.asarray(segment_ids)
+        if values.size and not 0 <= values.min() <= values.max() < max(1, config.segments):
+            raise ValueError(
+                f"segment_ids: values {values.min()} … {values.max()} lie outside 0 … {max(1, config.segments) - 1}"
+            )
     mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
     segments = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     return jnp.asarray(ids, jnp.int32), mask, segments
@@ -258,7 +270,8 @@ def pool(x: Float[Array, "B T D"], mask: Array, pooling: Pooling) -> Float[Array
     else:
         pooled = (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1e-9)
     if pooling.normalize:
-        pooled = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+        # Not divided by the norm: its gradient at zero, an all-padding row, is NaN.
+        pooled = pooled * jax.lax.rsqrt(jnp.maximum(jnp.square(pooled).sum(-1, keepdims=True), 1e-24))
     return pooled
 
 
@@ -340,12 +353,16 @@ def load(name: str | Path, *, head: str | None = None) -> Model:
     if not config_path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json in this folder")
     hf = storage.read_json(config_path)
+    if not isinstance(hf, dict):
+        raise ValueError(f"{config_path}: expected an object, got {type(hf).__name__}")
     model_type = hf.get("model_type")
     if model_type == MODEL_TYPE:
         return _load_own(folder, hf)
     if model_type not in FAMILIES:
         known = closest(str(model_type), [*FAMILIES, MODEL_TYPE])
         raise ValueError(f"{config_path}: model_type {model_type!r} is not supported; {known}")
+    if head == "none":
+        hf = {**hf, "architectures": []}
     config = FAMILIES[model_type].read_config(hf)
     if head is not None:
         config = config.replace(head=head)

@@ -74,7 +74,10 @@ class Tensors(Mapping[str, np.ndarray]):
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
             metadata = handle.metadata() or {}
-            self._checksums |= json.loads(metadata.get("flaxcompress.crc32", "{}"))
+            try:
+                self._checksums |= json.loads(metadata.get("flaxcompress.crc32", "{}"))
+            except (json.JSONDecodeError, TypeError):
+                raise ValueError(f"{path}: the checksums in its header are damaged, so the file is") from None
             for name in handle.keys():  # noqa: SIM118  (not a dict)
                 self._where[name] = handle
                 self._path[name] = path
@@ -133,10 +136,14 @@ def file_size(tensors: Mapping[str, np.ndarray]) -> int:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file that PyTorch reads, with a checksum of every tensor in its metadata."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(arrays, path, metadata=_metadata(arrays))
+    try:
+        save_file(arrays, path, metadata=_metadata(arrays))
+    except SafetensorError as error:  # what the writer makes of a failed write, such as a full disk
+        raise OSError(str(error)) from None
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

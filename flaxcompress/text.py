@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,9 @@ class Assets:
         except (UnicodeEncodeError, TypeError):
             bad = next(n for n, text in enumerate(texts) if text.encode("utf-8", "replace") != _encoded(text))
             raise ValueError(f"text {bad} is not valid Unicode: {texts[bad]!r:.80}") from None
-        return TokenBatch([e.ids for e in encodings], sum(bool(e.overflowing) for e in encodings))
+        # The tokenizer cannot cut below its special tokens; cut what it leaves over.
+        cut = [bool(e.overflowing) or len(e.ids) > self.max_length for e in encodings]
+        return TokenBatch([e.ids[: self.max_length] for e in encodings], sum(cut))
 
 
 def _encoded(text: str) -> bytes | None:
@@ -144,8 +147,8 @@ def make_tokenizer(files: Sequence[tuple[str, bytes]], max_length: int):
 def _word_piece(content: dict[str, bytes]):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = {line: i for i, line in enumerate(content["vocab.txt"].decode("utf-8").splitlines())}
-    options = json.loads(content.get("tokenizer_config.json", b"{}"))
+    vocabulary = {line: i for i, line in enumerate(vocabulary_lines(content["vocab.txt"]))}
+    options = _options(content.get("tokenizer_config.json"))
     unknown, cls, sep = (
         _token(options.get(name), default)
         for name, default in (("unk_token", "[UNK]"), ("cls_token", "[CLS]"), ("sep_token", "[SEP]"))
@@ -165,6 +168,26 @@ def _word_piece(content: dict[str, bytes]):
     special = {_token(options.get(f"{n}_token"), f"[{n.upper()}]") for n in ("unk", "cls", "sep", "pad", "mask")}
     tokenizer.add_special_tokens(sorted(special & set(vocabulary)))
     return tokenizer
+
+
+def vocabulary_lines(content: bytes) -> list[str]:
+    """The tokens of a vocab.txt in id order; only \n, \r\n and \r end a line, as tokens may hold rarer separators."""
+    try:
+        text = io.TextIOWrapper(io.BytesIO(content), "utf-8").read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"vocab.txt: not UTF-8 at byte {error.start}: the file is damaged") from None
+    return text.removesuffix("\n").split("\n")
+
+
+def _options(content: bytes | None) -> dict[str, Any]:
+    """tokenizer_config.json as an object."""
+    try:
+        options = json.loads(content or b"{}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer_config.json: not valid JSON ({error})") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"tokenizer_config.json: expected an object, got {type(options).__name__}")
+    return options
 
 
 def _token(value: Any, default: str) -> str:
@@ -246,7 +269,7 @@ def tokenizer_config_file(assets: Assets) -> dict[str, str]:
     """{"tokenizer_config.json": text}: the class and length limit that transformers reads; empty without tokenizer."""
     if not assets.has_tokenizer:
         return {}
-    options = json.loads(assets.file("tokenizer_config.json") or b"{}")
+    options = _options(assets.file("tokenizer_config.json"))
     options.setdefault("tokenizer_class", "BertTokenizer")
     options["model_max_length"] = assets.max_length
     return {"tokenizer_config.json": json.dumps(options, indent=2)}

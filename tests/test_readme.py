@@ -17,7 +17,7 @@ def blocks(language):
 def test_there_are_two_command_blocks_that_do_all_set_up():
     first, second = blocks("sh")
     assert "venv" in first and "pip install ." in first and "flaxcompress compress minilm --out small/" in first
-    assert "venv" in second and "torch==2.13.0" in second and second.strip().endswith("pytest")
+    assert "venv" in second and "torch==2.13.0" in second and second.strip().endswith("pytest -n auto --dist loadfile")
 
 
 @pytest.mark.slow

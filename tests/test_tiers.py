@@ -41,7 +41,7 @@ def energies() -> np.ndarray:
 
 @functools.cache
 def layout(target: int, max_tiers: int = 8):
-    return choose_layout(energies(), weights(), target, max_tiers=max_tiers)
+    return choose_layout(np.sqrt(energies()), weights(), target, max_tiers=max_tiers)
 
 
 @functools.cache
@@ -117,12 +117,12 @@ def test_the_heaviest_rows_get_most_bits_and_the_lightest_fewest():
 
 def test_too_small_a_target_names_the_smallest():
     with pytest.raises(ValueError, match=rf"a table of {V}×{D} cannot have 100 bytes; the smallest is \d+") as caught:
-        choose_layout(energies(), weights(), 100)
+        choose_layout(np.sqrt(energies()), weights(), 100)
     smallest = int(re.findall(r"\d+", str(caught.value))[-1])
-    fitting = choose_layout(energies(), weights(), smallest)
+    fitting = choose_layout(np.sqrt(energies()), weights(), smallest)
     assert sum(tier.rows for tier in fitting) == V
     with pytest.raises(ValueError, match="the smallest is"):
-        choose_layout(energies(), weights(), smallest - 1)
+        choose_layout(np.sqrt(energies()), weights(), smallest - 1)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (40, 8), (130, 20)])

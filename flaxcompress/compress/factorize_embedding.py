@@ -17,7 +17,15 @@ from flaxcompress.compress.low_rank import rank_for
 from flaxcompress.compress.quantize import compress_matrix as quantize_matrix
 from flaxcompress.compress.rounding import round_banded
 from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.compress.tiers import TierSetting, basis_bytes, choose_layout, left_spec, row_bytes, token_weights
+from flaxcompress.compress.tiers import (
+    TierSetting,
+    basis_bytes,
+    choose_layout,
+    left_spec,
+    row_bytes,
+    smallest_layout,
+    token_weights,
+)
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import (
     Banded,
@@ -33,7 +41,7 @@ from flaxcompress.formats import (
 )
 from flaxcompress.formats.banded import Bands
 from flaxcompress.model import Model, replace_matrices
-from flaxcompress.text import Assets
+from flaxcompress.text import Assets, vocabulary_lines
 
 TOKEN = "embedding/token"
 _SIZES = ("rank", "keep", "tiers", "target_bytes", "average_bits")
@@ -90,8 +98,7 @@ class FactorizeEmbedding(Step):
         """The tiers with all rows filled in; for a searched layout, one tier that takes its bytes."""
         vocabulary, width = shape
         if (budget := self._budget(shape)) is not None:
-            rank = rank_within(budget, vocabulary, width)
-            return [TierSetting(rows=vocabulary, rank=rank, bits=2)]
+            return [planned_tier(budget, vocabulary, width, self.max_tiers)]
         if self.tiers is None:
             return [TierSetting(rows=vocabulary, rank=rank_for(shape, self.rank, self.keep, self.allow_larger, TOKEN))]
         known = sum(t.rows or 0 for t in self.tiers)
@@ -103,8 +110,9 @@ class FactorizeEmbedding(Step):
             )
         settings = [dataclasses.replace(t, rows=t.rows or vocabulary - known) for t in self.tiers]
         for t in settings:
-            if not 1 <= t.rank <= width:
-                raise ValueError(f"{TOKEN}: a tier's rank {t.rank} is not in 1 … {width}")
+            limit = min(t.rows or 0, width)
+            if not 1 <= t.rank <= limit:
+                raise ValueError(f"{TOKEN}: a tier's rank {t.rank} is not in 1 … {limit} for its {t.rows}×{width} rows")
         return settings
 
     def _spec(self, settings: list[TierSetting]) -> dict[str, Any]:
@@ -122,7 +130,7 @@ class FactorizeEmbedding(Step):
         return config.with_format(TOKEN, self._spec(self._settings((config.vocabulary, config.width))))
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
-        table = np.asarray(materialize(tree.flatten(model.params)[TOKEN]), np.float64)
+        table = np.asarray(materialize(tree.flatten(model.params)[TOKEN]))
         metric = None
         weights = np.full(len(table), 1.0 / len(table))
         if self.weighting != "none" or self._budget((1, 1)) is not None or len(self.tiers or ()) > 1:
@@ -155,15 +163,24 @@ class FactorizeEmbedding(Step):
         return replace_matrices(model, {TOKEN: new})
 
 
-def rank_within(target_bytes: int, vocabulary: int, width: int) -> int:
-    """The largest 2-bit rank that fits: as many bytes as the searched layout may take. ValueError when none does."""
-    for rank in range(width, 0, -1):
-        if vocabulary * row_bytes(rank, 2) + basis_bytes(rank, width, 2) <= target_bytes:
-            return rank
-    smallest = vocabulary * row_bytes(1, 2) + basis_bytes(1, width, 2)
-    raise ValueError(
-        f"{TOKEN}: {target_bytes} bytes are too few for a {vocabulary}×{width} table; the smallest takes {smallest}"
-    )
+def planned_tier(target_bytes: int, vocabulary: int, width: int, max_tiers: int) -> TierSetting:
+    """One tier that takes at least what a searched layout within `target_bytes` may take, and hardly more.
+
+    Raises ValueError when no layout is that small.
+    """
+    needed = smallest_layout(vocabulary, width, max_tiers)
+    if target_bytes < needed:
+        raise ValueError(
+            f"{TOKEN}: {target_bytes} bytes are too few for a {vocabulary}×{width} table; the smallest takes {needed}"
+        )
+    candidates = [
+        (vocabulary * row_bytes(rank, bits) + basis_bytes(rank, width, bits), rank, bits)
+        for rank in range(1, min(vocabulary, width) + 1)
+        for bits in (2, 3, 4, 8)
+    ]
+    enough = [c for c in candidates if c[0] >= target_bytes]
+    _, rank, bits = min(enough) if enough else max(candidates)
+    return TierSetting(rows=vocabulary, rank=rank, bits=bits)
 
 
 def banded_table(
@@ -180,17 +197,17 @@ def banded_table(
     """
     root, inverse = basis
     width = table.shape[1]
-    factors = linalg.row_weighted_svd(table @ root, width, weights)
-    layouts = choose_layout(factors.left**2, weights, target_bytes, max_tiers=max_tiers)
-    used = max(sum(c for c, _ in itertools.takewhile(lambda band: band[1], layout.bands)) for layout in layouts)
-    left, right = factors.left.copy(), factors.right @ inverse
+    factors = linalg.row_weighted_svd(table @ root.astype(table.dtype), width, weights)
+    left, right = factors.left, factors.right @ inverse  # `left` is changed in place below: it is as large as the table
+    layouts = choose_layout(left, weights, target_bytes, max_tiers=max_tiers)
+    used = max(columns_used(layout.bands) for layout in layouts)
     columns = [c for c, _ in layouts[0].bands]
     for number, (start, end) in enumerate(itertools.pairwise(np.cumsum([0, *columns]))):
         band_key = jax.random.fold_in(key, number)
         normal = np.asarray(jax.random.normal(band_key, (end - start, end - start)), np.float64)
         rotation = np.linalg.qr(normal)[0]
         size = np.sqrt((weights[:, None] * left[:, start:end] ** 2).sum() / (end - start))
-        left[:, start:end] = left[:, start:end] @ rotation / size
+        left[:, start:end] = left[:, start:end] @ (rotation / size).astype(left.dtype)
         right[start:end] = rotation.T @ right[start:end] * size
     sizes = np.linalg.norm(right @ root, axis=1)  # what an error in each coefficient costs
     order = np.argsort(-weights, kind="stable")
@@ -208,6 +225,12 @@ def banded_table(
     inner = nodes[0] if len(nodes) == 1 else Bucketed.from_tiers(tuple(nodes), tier_of_row)
     outer = quantize_matrix(right[:used], QuantizedSpec(bits=8), table=False)
     return LowRank(left=inner, right=outer), factors.spectrum
+
+
+def columns_used(bands: Bands) -> int:
+    """Columns up to the last band that stores anything."""
+    ends = np.cumsum([columns for columns, _ in bands])
+    return int(max(end for end, (_, bits) in zip(ends, bands, strict=True) if bits))
 
 
 def cut_bands(bands: Bands, used: int) -> Bands:
@@ -238,7 +261,7 @@ def tier_matrix(
     have about equal variance and one scale per row serves them all (as in QuaRot, Ashkboos et al. 2024).
     """
     root, inverse = basis
-    factors = linalg.row_weighted_svd(table @ root, setting.rank, weights)
+    factors = linalg.row_weighted_svd(table.astype(np.float64) @ root, setting.rank, weights)
     left, right = factors.left, factors.right @ inverse
     if setting.bits is None:
         return LowRank(left=jnp.asarray(left, jnp.float32), right=jnp.asarray(right, jnp.float32)), factors.spectrum
@@ -268,7 +291,7 @@ def first_ordinary_token(assets: Assets) -> int:
         vocabulary = model.get("vocab", {})
         names = {i: t for t, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
     else:
-        names = dict(enumerate((assets.file("vocab.txt") or b"").decode("utf-8").splitlines()))
+        names = dict(enumerate(vocabulary_lines(assets.file("vocab.txt") or b"")))
     start = 0
     while re.fullmatch(r"\[.+\]|<.+>", names.get(start, "")):
         start += 1

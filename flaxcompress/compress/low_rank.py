@@ -13,7 +13,7 @@ from flaxcompress import linalg, tree
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import LowRank as LowRankFormat
-from flaxcompress.formats import break_even_rank, materialize
+from flaxcompress.formats import LowRankSpec, break_even_rank, materialize
 from flaxcompress.model import Model, abstract_flat, replace_matrices
 
 Whitening = Literal["activation", "none", "fisher"]
@@ -86,7 +86,7 @@ class LowRank(Step):
 
     def plan(self, config: ModelConfig) -> ModelConfig:
         for address, rank in self._ranks(abstract_flat(config)).items():
-            config = config.with_format(address, {"kind": "low_rank", "rank": rank})
+            config = config.with_format(address, LowRankSpec(rank=rank).to_json())
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from flaxcompress.formats import QuantizedSpec
 from flaxcompress.formats.banded import GAUSSIAN_LOSS, Bands, band_bytes
+from flaxcompress.formats.bucketed import assignment_bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,8 +90,19 @@ def band_width(width: int) -> int:
     return 24 if width >= 192 else 8
 
 
+def smallest_layout(vocabulary: int, width: int, max_tiers: int) -> int:
+    """Bytes below which `choose_layout` finds nothing: one bit in the first band of every row, and the whole basis."""
+    row = band_bytes(min(band_width(width), width), 1) + 2
+    return vocabulary * row + fixed_bytes(vocabulary, width, max_tiers)
+
+
+def fixed_bytes(vocabulary: int, width: int, max_tiers: int) -> int:
+    """Bytes of the packed assignment and of the 8-bit basis."""
+    return (vocabulary * assignment_bits(max_tiers) + 7) // 8 + (width + 2) * width
+
+
 def choose_layout(
-    energies: Float[np.ndarray, "V D"],
+    coefficients: Float[np.ndarray, "V D"],
     weights: Float[np.ndarray, " V"],
     target_bytes: int,
     *,
@@ -101,19 +113,22 @@ def choose_layout(
     """The tiers and bands of least weighted error that fit `target_bytes`, heaviest rows first.
 
     Args:
-      energies: squared coefficients of every row in the metric's basis, leading components first.
+      coefficients: of every row in the metric's basis, leading components first.
       weights: each row's weight.
 
     Raises ValueError when even the smallest layout is larger, naming its size.
     """
-    vocabulary, width = energies.shape
+    vocabulary, width = coefficients.shape
     order = np.argsort(-weights, kind="stable")
     edges = np.unique(np.round(np.geomspace(min(100, vocabulary), vocabulary, steps)).astype(int))
     edges = np.concatenate([[0], edges])
     last = len(edges) - 1
     starts = np.arange(0, width, band_width(width))
     columns = np.diff(np.append(starts, width))
-    bands = np.add.reduceat(energies, starts, axis=1)
+    ends = np.append(starts[1:], width)
+    bands = np.stack(
+        [np.square(coefficients[:, a:b], dtype=np.float64).sum(1) for a, b in zip(starts, ends, strict=True)], axis=1
+    )
     blocks = np.add.reduceat((weights[:, None] * bands)[order], edges[:-1], axis=0)
     sums = np.concatenate([np.zeros((1, len(columns))), np.cumsum(blocks, 0)])
     first, end = np.triu_indices(len(edges), 1)
@@ -153,11 +168,13 @@ def choose_layout(
         ]
         return int(sum(stored[n] for n in spans)), layouts
 
-    budget = target_bytes - (vocabulary * (2 if max_tiers <= 4 else 4) + 7) // 8 - (width + 2) * width
-    smallest, fitting = plan(1e6)
-    if smallest > budget:
-        needed = smallest + target_bytes - budget
-        raise ValueError(f"a table of {vocabulary}×{width} cannot have {target_bytes} bytes; the smallest is {needed}")
+    needed = smallest_layout(vocabulary, width, max_tiers)
+    if target_bytes < needed:
+        raise ValueError(
+            f"{target_bytes} bytes are too few for a {vocabulary}×{width} table; the smallest takes {needed}"
+        )
+    budget = target_bytes - fixed_bytes(vocabulary, width, max_tiers)
+    _, fitting = plan(1e6)
     low, high = -80.0, 20.0
     for _ in range(30):
         middle = (low + high) / 2

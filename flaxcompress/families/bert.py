@@ -35,6 +35,11 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act {activation!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
     architectures = hf.get("architectures") or []
+    if not hf.get("tie_word_embeddings", True) and any(a in _MASKED_LM for a in architectures):
+        raise ValueError(
+            "config.json: tie_word_embeddings is false, but only a head tied to the token table is supported; "
+            'load it without: head="none"'
+        )
     return ModelConfig(
         family="bert",
         vocabulary=hf["vocab_size"],

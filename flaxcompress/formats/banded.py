@@ -27,7 +27,7 @@ Bands = tuple[tuple[int, int], ...]  # (columns, bits) from left to right
 
 # Spacing of uniform levels with the least squared error on a unit Gaussian, and what error it leaves (Max 1960).
 GAUSSIAN_STEP = {0: 1.0, 1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3534, 8: 0.0310}
-GAUSSIAN_LOSS = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0127, 8: 0.0001}
+GAUSSIAN_LOSS = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0129, 8: 0.0001}
 _TOP = {0: 0.0, 1: 0.5, 2: 1.5, 3: 3.5, 4: 7.0, 8: 127.0}
 _OFFSET = {1: 0.5, 2: 1.5, 3: 3.5, 4: 8.0, 8: 128.0}
 
@@ -125,6 +125,8 @@ class BandedSpec(Spec):
     scale_dtype: str = "float16"
 
     def __post_init__(self):
+        if not all(isinstance(band, (list, tuple)) and len(band) == 2 for band in self.bands):
+            raise ValueError(f"banded format: a band is (columns, bits), got {list(self.bands)!r}")
         bands = tuple((int(c), int(b)) for c, b in self.bands)
         object.__setattr__(self, "bands", bands)
         if not any(bits for _, bits in bands):

@@ -2,9 +2,9 @@
 
     y = s·(c + stop_gradient(round(c) - c)),   c = clip(latent/s)
 
-with s = exp(log_scale), so that the latent gets the straight-through gradient inside the range and none outside, and
-the scale the gradient of learned step sizes (LSQ, Esser et al. 2020, eq. 3). `freeze` returns the integer format that
-computes the same.
+with s = start·exp(log_scale), so that the latent gets the straight-through gradient inside the range and none outside,
+and the scale the gradient of learned step sizes (LSQ, Esser et al. 2020, eq. 3). `freeze` returns the integer format
+that computes the same.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from flaxcompress.formats.banded import Banded, BandedSpec, column_shifts, colum
 from flaxcompress.formats.base import Format, dot
 from flaxcompress.formats.quantized import BITS, Quantized, spread_scale, top_level
 
-_ZERO = -66.0  # logarithms below this stand for a scale of exactly 0
-
 
 @flax.struct.dataclass
 class FakeQuantized(Format):
     """`latent` [rows, n] and `log_scale` [rows, groups], float32; rounds as `target` says, in `bits` bits.
 
-    Scales are trained in the logarithm: one learning rate then suits them all, and none turns negative. The number of
-    bits of a quantized target is a leaf, not structure, so that layers of different bits still share one scan.
+    Scales are trained as the logarithm of their ratio to where they started: one learning rate then suits them all,
+    none turns negative, and the start is exact. The number of bits of a quantized target is a leaf, not structure, so that
+    layers of different bits still share one scan.
     """
 
     latent: Any
     log_scale: Any
+    start: Any  # the bits of the float32 starting scales as int32: an integer leaf, which training leaves alone
     bits: Any  # uint8 scalar; 0 for a banded target, whose bands say it
     target: Any = flax.struct.field(pytree_node=False)  # BandedSpec, or QuantizedSpec whose own bits do not count
     transposed: bool = flax.struct.field(pytree_node=False)
@@ -58,10 +58,10 @@ class FakeQuantized(Format):
         tops = jnp.asarray([top_level(b) for b in BITS], jnp.float32)
         return np.float32(1.0), tops[which], jnp.where(self.bits < 4, 0.5, 0.0).astype(jnp.float32)
 
-    def spread(self, log_scale, columns: int):
+    def spread(self, log_scale, start, columns: int):
         """One scale per value, as stored, with a straight-through gradient past the rounding of the scale itself."""
-        scale = jnp.exp(log_scale)
-        stored = jnp.where(log_scale < _ZERO, 0.0, scale).astype(self.target.scale_dtype).astype(jnp.float32)
+        scale = _scale(log_scale, start)
+        stored = scale.astype(self.target.scale_dtype).astype(jnp.float32)
         stored = scale + jax.lax.stop_gradient(stored - scale)
         if isinstance(self.target, BandedSpec):
             return stored
@@ -74,14 +74,14 @@ class FakeQuantized(Format):
         inside = jnp.clip(unit, -top, top)
         return inside, jnp.clip(jnp.round(inside - shift) + shift, -top, top)
 
-    def _decode(self, latent, log_scale):
-        spread = self.spread(log_scale, latent.shape[-1])
+    def _decode(self, latent, log_scale, start):
+        spread = self.spread(log_scale, start, latent.shape[-1])
         inside, level = self.levels(latent, spread)
         return (inside + jax.lax.stop_gradient(level - inside)) * self.rounding()[0] * spread
 
     def rows(self):
         """The rounded rows."""
-        return self._decode(self.latent, self.log_scale)
+        return self._decode(self.latent, self.log_scale, self.start)
 
     def matmul(self, x):
         return dot(x, self.rows(), 1 if self.transposed else 0)
@@ -92,9 +92,8 @@ class FakeQuantized(Format):
     def take(self, ids):
         if self.transposed:
             return jnp.take(self.rows().T, ids, axis=0, mode="clip")
-        return self._decode(
-            jnp.take(self.latent, ids, axis=0, mode="clip"), jnp.take(self.log_scale, ids, axis=0, mode="clip")
-        )
+        parts = (self.latent, self.log_scale, self.start)
+        return self._decode(*(jnp.take(part, ids, axis=0, mode="clip") for part in parts))
 
     def materialize(self):
         rows = self.rows()
@@ -109,10 +108,14 @@ class FakeQuantized(Format):
         return Quantized.from_levels(level, scale, spec, table=not self.transposed)
 
 
+def _scale(log_scale, start):
+    return jax.lax.bitcast_convert_type(start, jnp.float32) * jnp.exp(log_scale)
+
+
 @jax.jit
 def _frozen(node: FakeQuantized):
-    scale = jnp.where(node.log_scale < _ZERO, 0.0, jnp.exp(node.log_scale))
-    return node.levels(node.latent, node.spread(node.log_scale, node.latent.shape[-1]))[1], scale
+    spread = node.spread(node.log_scale, node.start, node.latent.shape[-1])
+    return node.levels(node.latent, spread)[1], _scale(node.log_scale, node.start)
 
 
 @jax.jit
@@ -124,17 +127,18 @@ def thaw(node: Quantized | Banded, latent: Any = None) -> FakeQuantized:
         changes at first but a weight near a boundary stays near it. None puts latents on the levels themselves.
     """
     spec = node.spec()
-    log_scale = jnp.log(jnp.maximum(node.scale.astype(jnp.float32), 1e-30))
+    scale = node.scale.astype(jnp.float32)
     rows = node.rows() if isinstance(node, Quantized) else node.materialize()
     out = FakeQuantized(
         latent=rows,
-        log_scale=log_scale,
+        log_scale=jnp.zeros_like(scale),
+        start=jax.lax.bitcast_convert_type(scale, jnp.int32),
         bits=jnp.uint8(node.bits if isinstance(node, Quantized) else 0),
         target=dataclasses.replace(spec, bits=BITS[-1]) if isinstance(node, Quantized) else spec,
         transposed=isinstance(node, Quantized) and node.transposed,
     )
     if latent is None:
         return out
-    reach = 0.49 * out.rounding()[0] * out.spread(log_scale, rows.shape[-1])
+    reach = 0.49 * out.rounding()[0] * out.spread(out.log_scale, out.start, rows.shape[-1])
     moved = rows + jnp.clip(latent.astype(jnp.float32) - rows, -reach, reach)
     return out.replace(latent=moved)  # pyright: ignore[reportAttributeAccessIssue]
