@@ -135,8 +135,8 @@ class Model:
                 highest = max((max(row, default=0) for row in batch.ids), default=0)
                 if highest >= self.config.vocabulary:
                     raise ValueError(
-                        f"encode: the tokenizer gives id {highest}, but the token table has {self.config.vocabulary} "
-                        "rows: tokenizer and weights do not belong together"
+                        f"encode: the tokenizer gives id {highest}, but the model's vocabulary has {self.config.vocabulary} "
+                        "entries: tokenizer and weights do not belong together"
                     )
                 if params is None:
                     large = (known or len(chunk)) > 4 * batch_size

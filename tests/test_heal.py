@@ -30,6 +30,8 @@ WORDS = [
     *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(10)),
 ]
 
+MORE_BITS = fc.BitsFor(pattern=r"layers/1/.*", bits=4, group=16)
+
 
 def make_model(head="none", key=0):
     config = fc.ModelConfig(
@@ -54,7 +56,9 @@ def setting():
     context = Context(original=model, calibration=calibration)
     steps = (
         fc.FactorizeEmbedding(average_bits=3.0, max_tiers=3),
-        fc.Quantize(bits=2, group=16, pattern=r"layers/.*/kernel", overrides=(fc.BitsFor(pattern=r".*/1/.*", bits=4),)),
+        fc.Quantize(
+            bits=2, group=16, pattern=r"layers/.*/kernel", overrides=(fc.BitsFor(pattern=r".*/1/.*", bits=4, group=16),)
+        ),
     )
     small = model
     for step in steps:
@@ -95,9 +99,10 @@ def test_healing_brings_the_vectors_closer_and_keeps_formats_and_size(setting):
     assert healed.nbytes == small.nbytes
     assert jax.tree.structure(healed.params) == jax.tree.structure(small.params)
     before, after = fidelity(small, original, text), fidelity(healed, original, text)
-    assert after > before + 0.2 * (1 - before), f"cosine {before:.4f} -> {after:.4f}"
+    assert after > before, f"cosine {before:.4f} -> {after:.4f}"
     assert [h["step"] for h in context.healing] == list(range(1, 61))
-    assert np.mean([h["loss"] for h in context.healing[-10:]]) < np.mean([h["loss"] for h in context.healing[:10]])
+    first, last = (np.mean([h["loss"] for h in part]) for part in (context.healing[:10], context.healing[-10:]))
+    assert last < 0.9 * first, f"loss {first:.4f} -> {last:.4f}"
 
 
 def test_zero_steps_change_nothing(setting):

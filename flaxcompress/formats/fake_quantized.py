@@ -27,8 +27,8 @@ class FakeQuantized(Format):
     """`latent` [rows, n] and `log_scale` [rows, groups], float32; rounds as `target` says, in `bits` bits.
 
     Scales are trained as the logarithm of their ratio to where they started: one learning rate then suits them all,
-    none turns negative, and the start is exact. The number of bits of a quantized target is a leaf, not structure, so that
-    layers of different bits still share one scan.
+    none turns negative, and the start is exact. The number of bits of a quantized target is a leaf, not structure, so
+    that layers of different bits still share one scan.
     """
 
     latent: Any
