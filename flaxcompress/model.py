@@ -135,8 +135,8 @@ class Model:
                 highest = max((max(row, default=0) for row in batch.ids), default=0)
                 if highest >= self.config.vocabulary:
                     raise ValueError(
-                        f"encode: the tokenizer gives id {highest}, but the model's vocabulary has {self.config.vocabulary} "
-                        "entries: tokenizer and weights do not belong together"
+                        f"encode: the tokenizer gives id {highest}, but the model's vocabulary has "
+                        f"{self.config.vocabulary} entries: tokenizer and weights do not belong together"
                     )
                 if params is None:
                     large = (known or len(chunk)) > 4 * batch_size
@@ -240,7 +240,7 @@ def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segme
     for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if value is not None and tuple(np.shape(value)) != tuple(ids.shape):
             raise ValueError(f"{name}: shape {list(np.shape(value))} differs from input_ids' {list(ids.shape)}")
-    if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+    if segment_ids is not None and not traced:
         values = np.asarray(segment_ids)
         if values.size and not 0 <= values.min() <= values.max() < max(1, config.segments):
             raise ValueError(
