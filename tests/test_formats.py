@@ -569,7 +569,7 @@ def test_gradients_are_straight_through_and_lsq(name, table):
     rows, columns = latent.shape
     spec = TARGETS[name]
     group = columns if "banded" in name or spec.group is None else spec.group
-    scale = np.exp(np.asarray(trainable.log_scale, np.float64))
+    scale = np.asarray(trainable.start).view(np.float32) * np.exp(np.asarray(trainable.log_scale, np.float64))
     stored = scale.astype(jnp.dtype(spec.scale_dtype)).astype(np.float64)
     spread = np.repeat(stored, group, axis=1)[:, :columns]
     step, top, shift = column_rounding(name, columns)
