@@ -180,12 +180,13 @@ def plot() -> None:
     axes.plot([r["MB"] for r in others], [r["cosine"] for r in others], ".", color="0.6", label="tried on the way")
     axes.plot([p[1] for p in PEERS], [p[2] for p in PEERS], "s", color="tab:red", label="what else there is")
     for n, size, cosine in PEERS:
-        axes.annotate(n, (size, cosine), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axes.annotate(n, (size, cosine), textcoords="offset points", xytext=(6, -12), fontsize=8, ha="center")
     axes.set(xscale="log", xlabel="model.safetensors, MB (original: 90.9)", ylabel="mean cosine on STS-B dev sentences")
+    axes.set_xlim(3.5, 100)
     axes.set_xticks([4, 6, 9, 12, 23, 59], ["4", "6", "9", "12", "23", "59"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     figure.savefig(HERE / "minilm_frontier.png", dpi=150)
 
 
