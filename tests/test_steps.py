@@ -434,7 +434,7 @@ WRONG = {
     ),
     "embedding tier rank": (
         planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=25), TierSetting(rank=3))),
-        "a tier's rank 25 is not in 1 … 24",
+        "a tier's rank 25 is not in 1 … 20",
     ),
     "embedding tier of few rows": (
         planned(FactorizeEmbedding, tiers=(TierSetting(rows=5, rank=9), TierSetting(rank=3))),

@@ -116,12 +116,14 @@ def test_the_heaviest_rows_get_most_bits_and_the_lightest_fewest():
 
 
 def test_too_small_a_target_names_the_smallest():
-    with pytest.raises(ValueError, match=rf"a table of {V}×{D} cannot have 100 bytes; the smallest is \d+") as caught:
+    with pytest.raises(
+        ValueError, match=rf"100 bytes are too few for a {V}×{D} table; the smallest takes \d+"
+    ) as caught:
         choose_layout(np.sqrt(energies()), weights(), 100)
     smallest = int(re.findall(r"\d+", str(caught.value))[-1])
     fitting = choose_layout(np.sqrt(energies()), weights(), smallest)
     assert sum(tier.rows for tier in fitting) == V
-    with pytest.raises(ValueError, match="the smallest is"):
+    with pytest.raises(ValueError, match="the smallest takes"):
         choose_layout(np.sqrt(energies()), weights(), smallest - 1)
 
 
