@@ -15,7 +15,8 @@ from flaxcompress.config import ModelConfig, Sharing
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.evaluate import Report, evaluate, profile
 from flaxcompress.export import export
-from flaxcompress.model import Model, ModelOutput, load, save
+from flaxcompress.folder import load, save
+from flaxcompress.model import Model, ModelOutput
 from flaxcompress.text import Assets, Pooling
 
 __version__ = "0.1.0"

@@ -206,7 +206,7 @@ def bench(
       RuntimeError: the process that takes cold start and memory failed.
     """
     from flaxcompress import storage
-    from flaxcompress.model import resolve
+    from flaxcompress.folder import resolve
 
     _check_arguments(models, against, batch=batch, length=length, rounds=rounds, encode=encode)
     present, notes = _installed(against)
@@ -486,7 +486,8 @@ class _Flax:
     def __init__(self, folder: Path):
         import jax
 
-        from flaxcompress.model import compute_dtype, load
+        from flaxcompress.encoding import compute_dtype
+        from flaxcompress.folder import load
         from flaxcompress.nn import Transformer
 
         self.model = load(folder)
@@ -625,7 +626,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     folder = Path(request["folder"])
     start = time.perf_counter()
     if request["runtime"] == _OWN:
-        import flaxcompress.model  # noqa: F401
+        import flaxcompress.folder  # noqa: F401
 
         runner_class: Any = _Flax
     else:

@@ -61,7 +61,7 @@ class Inspect:
     def run(self) -> Any:
         """Returns the table."""
         from flaxcompress.evaluate.profile import profile
-        from flaxcompress.model import load
+        from flaxcompress.folder import load
 
         _check_file(self.json_file)
         model = load(self.model)
@@ -108,7 +108,7 @@ class Compress:
         from flaxcompress import storage
         from flaxcompress.compress.recipe import Recipe
         from flaxcompress.compress.run import compress
-        from flaxcompress.model import load, save
+        from flaxcompress.folder import load, save
 
         out = _folder(self.out)
         storage.check_output(out, overwrite=self.overwrite)
@@ -162,7 +162,7 @@ class Evaluate:
 
         from flaxcompress.config import closest
         from flaxcompress.evaluate import TASKS, evaluate, versions
-        from flaxcompress.model import load
+        from flaxcompress.folder import load
 
         _check_file(self.json_file)
         if self.task not in TASKS:
@@ -212,7 +212,7 @@ class Encode:
         from rich.text import Text
 
         from flaxcompress.evaluate.report import versions
-        from flaxcompress.model import load
+        from flaxcompress.folder import load
 
         _check_file(self.out)
         _check_file(self.json_file)
@@ -303,7 +303,7 @@ class Export:
         from flaxcompress.config import closest
         from flaxcompress.evaluate.report import versions
         from flaxcompress.export import FORMATS, export
-        from flaxcompress.model import load, resolve
+        from flaxcompress.folder import load, resolve
 
         out, start = _folder(self.out), time.perf_counter()
         storage.check_output(out, overwrite=self.overwrite)

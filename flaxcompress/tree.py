@@ -15,7 +15,7 @@ neighbours, named by their first set ("000", "002"). `flatten` and `unflatten` a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,19 +46,45 @@ def walk(tree: Any, prefix: str) -> Iterable[tuple[str, Any]]:
         yield prefix, tree
 
 
+class View(Mapping[str, Any]):
+    """{address: matrix} of a stacked tree, each sliced out when it is asked for: no second copy of the weights."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self._places: dict[str, tuple[Any, int | None]] = {}
+        for name, child in params.items():
+            if name != "layers":
+                self._places.update((address, (node, None)) for address, node in walk(child, name))
+                continue
+            for part, runs in child.items():
+                for first, run in runs.items():
+                    stacked = list(walk(run, ""))
+                    for i in range(run_length(run)):
+                        prefix = f"layers/{int(first) + i}/{part}"
+                        self._places.update((f"{prefix}/{path}", (node, i)) for path, node in stacked)
+
+    def __getitem__(self, address: str) -> Any:
+        node, i = self._places[address]
+        return node if i is None else jax.tree.map(lambda leaf: _index(leaf, i), node)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def stacked(self, address: str) -> Any:
+        """The node in which the matrix at `address` is stacked, or the matrix itself outside of layers."""
+        return self._places[address][0]
+
+
 def flatten(params: Mapping[str, Any]) -> Flat:
     """Stacked tree -> {address: matrix}; a matrix is an array or a format node."""
-    flat: Flat = {}
-    for name, child in params.items():
-        if name != "layers":
-            flat.update(walk(child, name))
-            continue
-        for part, runs in child.items():
-            for first, run in runs.items():
-                for i in range(run_length(run)):
-                    one = jax.tree.map(lambda leaf, i=i: _index(leaf, i), run)
-                    flat.update(walk(one, f"layers/{int(first) + i}/{part}"))
-    return flat
+    return dict(View(params))
+
+
+def abstract(params: Any) -> Any:
+    """The same tree with shapes and dtypes for leaves."""
+    return jax.eval_shape(lambda params: params, params)
 
 
 def _index(leaf: Any, i: int) -> Any:
@@ -95,25 +121,62 @@ def stack(trees: list[Any]) -> Any:
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{address: matrix} -> stacked tree. Neighbouring weight sets of equal signature form one run."""
-    tree = nest(flat)
-    if "layers" not in tree:
+    tree = nest({a: node for a, node in flat.items() if not a.startswith("layers/")})
+    runs = _runs(flat)
+    if not runs:
         return tree
-    by_part: dict[str, dict[int, Any]] = {}
-    for number, parts in tree.pop("layers").items():
-        for part, node in parts.items():
-            by_part.setdefault(part, {})[int(number)] = node
     layers: dict[str, Any] = {}
-    for part, sets in by_part.items():
+    for part, groups in runs.items():
+        layers[part] = {}
+        for numbers, paths in groups:
+            stacked = {path: stack([flat[f"layers/{n}/{part}/{path}"] for n in numbers]) for path in paths}
+            layers[part][run_name(numbers[0])] = nest(stacked)
+    return {**tree, "layers": layers}
+
+
+def _runs(flat: Mapping[str, Any]) -> dict[str, list[tuple[list[int], list[str]]]]:
+    """{part: [(weight sets, paths below them)]}: which sets are stacked together."""
+    parts: dict[str, dict[int, dict[str, Any]]] = {}
+    for address, node in flat.items():
+        if address.startswith("layers/"):
+            _, number, part, path = address.split("/", 3)
+            parts.setdefault(part, {}).setdefault(int(number), {})[path] = node
+    found: dict[str, list[tuple[list[int], list[str]]]] = {}
+    for part, sets in parts.items():
         if sorted(sets) != list(range(len(sets))):
             raise ValueError(f"layers/*/{part}: weight sets {sorted(sets)} are not 0 … {len(sets) - 1}")
-        groups: list[list[int]] = []
+        groups: list[tuple[list[int], list[str]]] = []
+        before = None
         for number in sorted(sets):
-            if groups and signature(sets[groups[-1][-1]]) == signature(sets[number]):
-                groups[-1].append(number)
+            signed = signature(sets[number])
+            if groups and signed == before:
+                groups[-1][0].append(number)
             else:
-                groups.append([number])
-        layers[part] = {run_name(g[0]): stack([sets[n] for n in g]) for g in groups}
-    return {**tree, "layers": layers}
+                groups.append(([number], list(sets[number])))
+            before = signed
+        found[part] = groups
+    return found
+
+
+def replace(params: Mapping[str, Any], changes: Mapping[str, Any], *, drop: Iterable[str] = ()) -> dict[str, Any]:
+    """Exchanges the matrices at some addresses, and leaves some out; what stays stacked as it was is not copied."""
+    view, gone = View(params), set(drop)
+    shapes = {**{a: n for a, n in View(abstract(params)).items() if a not in gone}, **abstract(dict(changes))}
+    before, after = _runs(View(abstract(params))), _runs(shapes)
+    node = lambda address: changes[address] if address in changes else view[address]  # noqa: E731
+    tree = nest({a: node(a) for a in shapes if not a.startswith("layers/")})
+    layers: dict[str, Any] = {}
+    for part, groups in after.items():
+        layers[part] = {}
+        for numbers, paths in groups:
+            same = any(numbers == old for old, _ in before[part])
+            stacked = {}
+            for path in paths:
+                addresses = [f"layers/{n}/{part}/{path}" for n in numbers]
+                keep = same and not any(a in changes for a in addresses)
+                stacked[path] = view.stacked(addresses[0]) if keep else stack([node(a) for a in addresses])
+            layers[part][run_name(numbers[0])] = nest(stacked)
+    return {**tree, "layers": layers} if layers else tree
 
 
 def select(addresses: Iterable[str], pattern: str, *, where: str = "pattern") -> list[str]:
@@ -133,5 +196,9 @@ def select(addresses: Iterable[str], pattern: str, *, where: str = "pattern") ->
 
 
 def update(params: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """Replaces every matrix by `change(address, matrix)`."""
-    return unflatten({address: change(address, node) for address, node in flatten(params).items()})
+    """Replaces every matrix by `change(address, matrix)`; those it returns as they were given are not copied."""
+    changed = {}
+    for address, node in View(params).items():
+        if (new := change(address, node)) is not node:
+            changed[address] = new
+    return replace(params, changed)

@@ -21,8 +21,9 @@ from flaxcompress import model as model_file
 from flaxcompress import storage, tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.families.bert import names, write_config
+from flaxcompress.folder import load, save
 from flaxcompress.formats import Quantized, QuantizedSpec
-from flaxcompress.model import Model, load, save
+from flaxcompress.model import Model
 from flaxcompress.text import Assets
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s"]

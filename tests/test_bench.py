@@ -15,7 +15,8 @@ from flaxcompress import bench as bench_module
 from flaxcompress.bench import BenchResult, Contestant, bench, bench_encode, make_batch
 from flaxcompress.config import ModelConfig
 from flaxcompress.export import export
-from flaxcompress.model import Model, load, save
+from flaxcompress.folder import load, save
+from flaxcompress.model import Model
 from flaxcompress.text import Assets, Pooling
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "cats", "see", "dogs"]

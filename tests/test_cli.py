@@ -21,7 +21,8 @@ import pytest
 from flaxcompress import bench as bench_module
 from flaxcompress import cli
 from flaxcompress.config import ModelConfig
-from flaxcompress.model import Model, load, save
+from flaxcompress.folder import load, save
+from flaxcompress.model import Model
 from flaxcompress.text import Assets, Pooling
 
 # The package exports functions of these names, so attribute paths do not lead to the modules.
@@ -196,7 +197,7 @@ def test_debug_shows_the_traceback_of_a_mistake(command, tiny, here, capsys):
 
 
 def test_an_unexpected_failure_is_exit_1(tiny, here, capsys, monkeypatch):
-    monkeypatch.setattr("flaxcompress.model.load", lambda name: {}["weights"])
+    monkeypatch.setattr("flaxcompress.folder.load", lambda name: {}["weights"])
     assert run("inspect {tiny}", tiny=tiny) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert "KeyError" in first and "--debug" in second
@@ -420,7 +421,7 @@ def test_other_libraries_are_silent_and_ours_is_not(tiny, here, capsys, monkeypa
         logging.getLogger("flaxcompress").warning("two\nlines")
         return load(name)
 
-    monkeypatch.setattr("flaxcompress.model.load", noisy)
+    monkeypatch.setattr("flaxcompress.folder.load", noisy)
     assert run("inspect {tiny}", tiny=tiny) == 0
     assert capsys.readouterr().err == "flaxcompress: warning: two lines\n"
 

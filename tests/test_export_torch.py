@@ -18,8 +18,9 @@ from flaxcompress import formats, ops, storage, tree
 from flaxcompress.config import FormatRule, ModelConfig, Sharing
 from flaxcompress.export import FORMATS, check_folder, export, export_dense
 from flaxcompress.export import torch as export_torch
+from flaxcompress.folder import load, save, tensors_of
 from flaxcompress.formats import Bucketed, base
-from flaxcompress.model import Model, load, save, tensors_of
+from flaxcompress.model import Model
 from flaxcompress.text import Assets, Pooling
 
 torch = pytest.importorskip("torch")

@@ -7,7 +7,7 @@ import pytest
 import flaxcompress as fc
 from flaxcompress.data import docstring_sentences
 from flaxcompress.export import check_folder
-from flaxcompress.model import resolve
+from flaxcompress.folder import resolve
 
 pytestmark = pytest.mark.slow
 

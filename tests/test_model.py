@@ -18,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 from flaxcompress import model as model_file
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig, Sharing
+from flaxcompress.encoding import bucket_length, pool
+from flaxcompress.folder import load, save
 from flaxcompress.formats import Bucketed, LowRank
-from flaxcompress.model import Model, bucket_length, init_params, load, pool, save
+from flaxcompress.model import Model, init_params
 from flaxcompress.nn import Layer, Stack
 from flaxcompress.text import Assets, Pooling, read_assets, read_pooling
 

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.data import CalibrationText
-from flaxcompress.formats import Format, materialize, take
-from flaxcompress.model import Model, compute_dtype, pool, sentence_vectors
+from flaxcompress.encoding import compute_dtype, pool, sentence_vectors
+from flaxcompress.formats import dense, take
+from flaxcompress.model import Model
 from flaxcompress.nn import Transformer
 from flaxcompress.progress import progress_bar
 from flaxcompress.text import Assets, Pooling, pad_ids
@@ -59,21 +60,21 @@ class Calibration:
 
         The maps of one layer that read the same input share one array. A shared weight set sums over its uses.
         """
-        return self._cached("moments", model, lambda: _input_moments(model, self, sentences, progress))
+        return self._cached(f"moments {sentences}", model, lambda: _input_moments(model, self, sentences, progress))
 
     def fisher(self, model: Model, *, sentences: int = 256, progress: bool = False) -> dict[str, np.ndarray]:
         """{address of a matrix: expected squared gradient, its shape} of random projections of the sentence vector.
 
         With r standard normal, E[(∂(r·v)/∂W)²] is the diagonal of JᵀJ: the Gauss-Newton matrix of ‖v - v*‖²/2.
         """
-        return self._cached("fisher", model, lambda: _fisher(model, self, sentences, progress))
+        return self._cached(f"fisher {sentences}", model, lambda: _fisher(model, self, sentences, progress))
 
     def token_gradient_moment(self, model: Model, *, sentences: int = 256) -> Float[np.ndarray, "D D"]:
         """G = E[gᵀg], g the gradient of a random projection of the sentence vector with respect to a token's vector.
 
         An error e in a token's vector then costs about e·G·eᵀ: the metric in which a table should be approximated.
         """
-        return self._cached("token gradients", model, lambda: _token_gradients(model, self, sentences))
+        return self._cached(f"token gradients {sentences}", model, lambda: _token_gradients(model, self, sentences))
 
     def _cached(self, name: str, model: Model, compute):
         held = self._statistics.get(name)
@@ -96,11 +97,8 @@ def make_batches(rows: Sequence[Sequence[int]], *, size: int, pad: int) -> list[
 
 def dense_model(model: Model) -> Model:
     """The same function with every matrix dense float32."""
-    flat = {a: materialize(n) if isinstance(n, Format) else n for a, n in tree.flatten(model.params).items()}
-    flat = {a: n.astype(jnp.float32) for a, n in flat.items()}
-    return model.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        params=tree.unflatten(flat), config=model.config.replace(formats=())
-    )
+    params = tree.update(model.params, lambda _, node: dense(node))
+    return model.replace(params=params, config=model.config.replace(formats=()))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def moments_of(inputs: Mapping[str, Any], mask: Any) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def _batch_token_gradients(params, ids, mask, key, config: ModelConfig, dtype, p
 def _token_gradients(model: Model, calibration: Calibration, sentences: int) -> np.ndarray:
     pooling = model.assets.pooling or Pooling()
     total, tokens = 0.0, 0
-    for number, (ids, mask) in enumerate(calibration.batches(sentences, pad=model.config.pad_token)):
+    for number, (ids, mask) in enumerate(calibration.batches(sentences, size=8, pad=model.config.pad_token)):
         key = jax.random.fold_in(jax.random.key(0), number)
         found = _batch_token_gradients(model.params, ids, mask, key, model.config, compute_dtype(), pooling)
         total, tokens = total + np.asarray(found, np.float64), tokens + int(mask.sum())

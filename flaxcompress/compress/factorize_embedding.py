@@ -130,7 +130,7 @@ class FactorizeEmbedding(Step):
         return config.with_format(TOKEN, self._spec(self._settings((config.vocabulary, config.width))))
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
-        table = np.asarray(materialize(tree.flatten(model.params)[TOKEN]))
+        table = np.asarray(materialize(tree.View(model.params)[TOKEN]))
         metric = None
         weights = np.full(len(table), 1.0 / len(table))
         if self.weighting != "none" or self._budget((1, 1)) is not None or len(self.tiers or ()) > 1:

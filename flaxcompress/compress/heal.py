@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import ModelConfig
 from flaxcompress.data.stream import FragmentStream
-from flaxcompress.model import Model, compute_dtype, pool
+from flaxcompress.encoding import compute_dtype, pool
+from flaxcompress.model import Model
 from flaxcompress.nn import Transformer
 from flaxcompress.text import Pooling
 from flaxcompress.train import Rates, freeze_model, make_optimizer, thaw_model, train

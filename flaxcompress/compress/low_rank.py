@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -79,7 +80,7 @@ class LowRank(Step):
     whitening: Whitening = "activation"
     allow_larger: bool = False
 
-    def _ranks(self, flat: dict[str, Any]) -> dict[str, int]:
+    def _ranks(self, flat: Mapping[str, Any]) -> dict[str, int]:
         kernels = [a for a in flat if a.endswith("/kernel")]
         found = tree.select(kernels, self.pattern, where="LowRank/pattern")
         return {a: rank_for(flat[a].shape, self.rank, self.keep, self.allow_larger, a) for a in found}
@@ -90,7 +91,7 @@ class LowRank(Step):
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
-        flat = tree.flatten(model.params)
+        flat = tree.View(model.params)
         ranks = self._ranks(flat)
         moments, fisher = {}, {}
         if self.whitening == "activation":

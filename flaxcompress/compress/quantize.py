@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from flaxcompress import tree
-from flaxcompress.compress.calibrate import Batch, dense_model, moments_of
 from flaxcompress.compress.rounding import gptq, round_rows
 from flaxcompress.compress.sensitivity import choose_bits, kernel_sensitivities, spec_bytes
 from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.compress.walk import LayerWalk
+from flaxcompress.config import ModelConfig
 from flaxcompress.formats import Bucketed, Format, LowRank, Quantized, QuantizedSpec, materialize
 from flaxcompress.formats.base import parse_spec, spec_of
-from flaxcompress.model import Model, abstract_flat, compute_dtype, replace_matrices
-from flaxcompress.nn import INPUTS, Layer, layer_sets
-from flaxcompress.nn.transformer import embed
-from flaxcompress.progress import progress_bar
+from flaxcompress.model import Model, abstract_flat, replace_matrices
 
 Rounding = Literal["gptq", "mse", "nearest"]
 _TABLES = ("embedding/token", "embedding/position", "embedding/segment")
-# What one layer computes, in order; the linear maps of a stage read the same input.
-_STAGES = (
-    (("attention", "query"), ("attention", "key"), ("attention", "value")),
-    (("attention", "output"),),
-    (("feed_forward", "up"),),
-    (("feed_forward", "down"),),
-)
 
 
 def compress_matrix(
@@ -115,7 +103,7 @@ class Quantize(Step):
         if self.average_bits is not None and not min(self.choices) <= self.average_bits <= max(self.choices):
             raise ValueError(f"Quantize: average_bits {self.average_bits} lies outside the choices {self.choices}")
 
-    def _addresses(self, flat: dict[str, Any]) -> list[str]:
+    def _addresses(self, flat: Mapping[str, Any]) -> list[str]:
         matrices = [a for a in flat if a.endswith("/kernel") or a in _TABLES]
         chosen = tree.select(matrices, self.pattern, where="Quantize/pattern")
         for override in self.overrides:
@@ -127,7 +115,7 @@ class Quantize(Step):
         overridden = [o.pattern for o in self.overrides]
         return [a for a in addresses if a.startswith("layers/") and not any(re.fullmatch(p, a) for p in overridden)]
 
-    def _choice_sizes(self, flat: dict[str, Any], addresses: list[str]) -> tuple[dict[str, dict[int, int]], int]:
+    def _choice_sizes(self, flat: Mapping[str, Any], addresses: list[str]) -> tuple[dict[str, dict[int, int]], int]:
         """Bytes of every choice, and the bytes that `average_bits` allows in all."""
         assert self.average_bits is not None
         specs = {b: QuantizedSpec(bits=b, group=self.group, scale_dtype=self.scale_dtype) for b in self.choices}
@@ -156,7 +144,7 @@ class Quantize(Step):
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
-        flat = tree.flatten(model.params)
+        flat = tree.View(model.params)
         chosen = self._addresses(flat)
         if self.average_bits is not None:
             mixed = self._mixed(chosen)
@@ -199,18 +187,14 @@ class Quantize(Step):
         return compress_matrix(node, spec, table=False, rounding="gptq", moments=moments)
 
     def _sequential(self, model: Model, context: Context, chosen: set[str]) -> dict[str, Any]:
-        calibration = context.need(self)
-        batches = calibration.batches(self.sentences, size=32, pad=model.config.pad_token)
-        flat = tree.flatten(model.params)
+        batches = context.need(self).batches(self.sentences, size=32, pad=model.config.pad_token)
+        flat = tree.View(model.params)
         changes: dict[str, Any] = {}
-
-        def visit(address: str, moments: Any) -> Any:
-            if address not in chosen:
-                return None
-            changes[address] = self._with_moments(flat[address], self.spec_for(address), moments)
-            return materialize(changes[address])
-
-        walk_layers(model, batches, visit, progress=context.progress)
+        walk = LayerWalk(model, batches)
+        for stage in walk.stages(label="layers", progress=context.progress):
+            for address in (a for a in stage.addresses if a in chosen):
+                changes[address] = self._with_moments(flat[address], self.spec_for(address), stage.moments)
+                walk.exchanged[address] = changes[address]
         return changes
 
 
@@ -224,65 +208,3 @@ def _quantize_spec(spec: dict[str, Any], quantized: dict[str, Any]) -> dict[str,
     if "tiers" in out:
         out["tiers"] = [{**t, "format": _quantize_spec(t["format"], quantized)} for t in out["tiers"]]
     return parse_spec(out).to_json()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer(config: ModelConfig, sets: tuple[int, int, int], params, x, mask):
-    return Layer(config, sets).apply({"params": params}, x, mask)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def _layer_moments(config: ModelConfig, sets: tuple[int, int, int], params, x, mask, name: str):
-    _, recorded = Layer(config, sets).apply({"params": params}, x, mask, mutable=[INPUTS])
-    return moments_of(recorded[INPUTS], mask)[name]
-
-
-def walk_layers(
-    model: Model, batches: list[Batch], visit: Callable[[str, Any], Any], *, progress: bool = False
-) -> None:
-    """Runs calibration batches layer by layer, letting `visit` exchange each kernel before later ones are measured.
-
-    `visit(address, moments)` returns the dense matrix to go on with, or None to keep the present one. Every kernel is
-    visited at its weight set's first use, with the second moment [n, n] of what reaches it through the matrices
-    exchanged so far; later uses of a shared set see the exchanged weights.
-    """
-    dense = dense_model(model)
-    config = dense.config
-    flat = tree.flatten(dense.params)
-    dtype = compute_dtype()
-    masks = [jnp.asarray(mask) for _, mask in batches]
-    states = [embed(dense.params, jnp.asarray(ids), config, dtype) for ids, _ in batches]
-    tokens = float(sum(mask.sum() for _, mask in batches))
-    seen: set[str] = set()
-    with progress_bar("layers", config.layers, show=progress) as advance:
-        for number in range(config.layers):
-            sets = layer_sets(config, number)
-            by_part: dict[str, int] = dict(zip(PARTS, sets, strict=True))
-            for stage in _STAGES:
-                addresses = [f"layers/{by_part[part]}/{part}/{name}/kernel" for part, name in stage]
-                if all(a in seen for a in addresses):
-                    continue
-                params = _layer_tree(flat, by_part)
-                part, name = stage[0]
-                total: Any = 0.0
-                for x, mask in zip(states, masks, strict=True):
-                    # One structure for all layers: the dense config, so that this compiles once per batch shape.
-                    total = total + _layer_moments(config, (0, 0, 0), params, x, mask, f"{part}/{name}")
-                moments = total / tokens
-                for address in addresses:
-                    seen.add(address)
-                    new = visit(address, moments)
-                    if new is not None:
-                        flat[address] = new
-            params = _layer_tree(flat, by_part)
-            states = [_layer(config, (0, 0, 0), params, x, mask) for x, mask in zip(states, masks, strict=True)]
-            advance()
-
-
-def _layer_tree(flat: tree.Flat, sets: dict[str, int]) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    for part, number in sets.items():
-        prefix = f"layers/{number}/{part}/"
-        chosen = {a.removeprefix(prefix): node for a, node in flat.items() if a.startswith(prefix)}
-        params[part] = tree.nest(chosen)
-    return params

@@ -22,7 +22,8 @@ from flaxcompress.compress.recipe import Recipe
 from flaxcompress.compress.step import Context
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.evaluate import Report, compare_vectors, profile
-from flaxcompress.model import Model, load, tensors_of, write_model
+from flaxcompress.folder import load, tensors_of, write_model
+from flaxcompress.model import Model
 
 log = logging.getLogger("flaxcompress")
 

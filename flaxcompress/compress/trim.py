@@ -54,14 +54,15 @@ class Trim(Step):
         if (resolved := self.resolve(model)) != self:
             return resolved(model, context, key=key)
         config = self.plan(model.config)
-        flat = tree.flatten(model.params)
-        if self.pooler == "drop":
-            flat = {a: n for a, n in flat.items() if not a.startswith("pooler/")}
+        view = tree.View(model.params)
+        changes: dict[str, Any] = {}
+        dropped = [a for a in view if self.pooler == "drop" and a.startswith("pooler/")]
         if isinstance(self.positions, int):
-            flat["embedding/position"] = materialize(flat["embedding/position"])[: self.positions]
+            changes["embedding/position"] = materialize(view["embedding/position"])[: self.positions]
         if self.dtype is not None:
-            for address in flat:
+            for address in view.keys() - dropped:
                 if address in ("embedding/position", "embedding/segment") or address.endswith(("/scale", "/bias")):
-                    flat[address] = materialize(flat[address]).astype(self.dtype)
+                    node = changes.get(address, view[address])
+                    changes[address] = materialize(node).astype(self.dtype)
         assets = dataclasses.replace(model.assets, max_length=min(model.assets.max_length, config.positions))
-        return Model(params=tree.unflatten(flat), config=config, assets=assets)
+        return Model(params=tree.replace(model.params, changes, drop=dropped), config=config, assets=assets)

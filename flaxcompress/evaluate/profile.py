@@ -118,7 +118,7 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     if not 1 <= length <= config.positions:
         raise ValueError(f"profile: length must lie in 1 … {config.positions} (the model's positions), got {length}")
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
-    nodes = tree.flatten(abstract)
+    nodes = tree.View(abstract)
     members: dict[str, dict[str, Any]] = {}
     for address, node in nodes.items():
         members.setdefault(part_of(address), {})[address] = node

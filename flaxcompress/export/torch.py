@@ -16,9 +16,11 @@ import numpy as np
 
 from flaxcompress import storage, tree
 from flaxcompress.config import ModelConfig
+from flaxcompress.encoding import pool, sentence_vectors
 from flaxcompress.families import FAMILIES
+from flaxcompress.folder import MODEL_TYPE
 from flaxcompress.formats import materialize
-from flaxcompress.model import MODEL_TYPE, Model, pool, sentence_vectors
+from flaxcompress.model import Model
 from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files, tokenizer_config_file
 
 CODE = "modeling_flaxcompress"

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flaxcompress.formats.base import Format, Spec, check_dtype, dot, register
-from flaxcompress.ops import pack, packed_width, unpack
+from flaxcompress.ops import on_host, pack, packed_width, unpack
 
 Bands = tuple[tuple[int, int], ...]  # (columns, bits) from left to right
 
@@ -68,11 +68,11 @@ class Banded(Format):
     @classmethod
     def from_levels(cls, levels: Float[Array, "r n"], scale: Float[Array, "r 1"], spec: BandedSpec) -> Banded:
         """Packs levels that a rounding method chose."""
-        parts, start = [], 0
+        levels, parts, start = on_host(levels), [], 0
         for columns, bits in spec.bands:
             if bits:
                 codes = levels[:, start : start + columns] + _OFFSET[bits]
-                parts.append(pack(codes.astype(jnp.int32), bits))
+                parts.append(pack(codes.astype(np.int32), bits))
             start += columns
         values = jnp.concatenate(parts, axis=1)
         return cls(values=values, scale=scale.astype(spec.scale_dtype), bands=spec.bands)

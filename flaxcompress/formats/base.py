@@ -174,6 +174,13 @@ def materialize(w: Any) -> Float[Array, "n m"]:
     return w.materialize() if isinstance(w, Format) else jnp.asarray(w, jnp.float32)
 
 
+def dense(w: Any) -> Any:
+    """`w` itself when it is a float32 array already, else the dense float32 matrix that it stands for."""
+    if isinstance(w, Format):
+        return materialize(w)
+    return w if w.dtype == jnp.float32 else w.astype(jnp.float32)
+
+
 def nbytes(w: Any) -> int:
     """Bytes of the stored tensors."""
     return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(w))

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from flaxcompress.formats.base import Format, Spec, check_dtype, dot, register
-from flaxcompress.ops import pack, packed_width, unpack
+from flaxcompress.ops import on_host, pack, packed_width, unpack
 
 BITS = (2, 3, 4, 8)
 
@@ -80,8 +80,8 @@ class Quantized(Format):
     @classmethod
     def from_levels(cls, levels: Float[Array, "r n"], scale: Float[Array, "r G"], spec: QuantizedSpec, *, table: bool):
         """Packs levels that a rounding method chose."""
-        codes = levels + level_offset(spec.bits)
-        values = codes.astype(jnp.int8) if spec.bits == 8 else pack(codes.astype(jnp.int32), spec.bits)
+        codes = on_host(levels) + level_offset(spec.bits)
+        values = jnp.asarray(codes, jnp.int8) if spec.bits == 8 else pack(codes.astype(np.int32), spec.bits)
         return cls(
             values=values,
             scale=scale.astype(spec.scale_dtype),

@@ -69,6 +69,9 @@ class Transformer(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def embed(params: Any, ids: Integer[Array, "B T"], config: ModelConfig, dtype: Any) -> Float[Array, "B T D"]:
-    """The input of the first layer, for methods that run layer by layer."""
-    return Embedding(config, dtype).apply({"params": params["embedding"]}, ids)  # pyright: ignore[reportReturnType]
+def embed(
+    params: Any, ids: Integer[Array, "B T"], config: ModelConfig, dtype: Any, vectors: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """The input of the first layer, for methods that run layer by layer; `vectors` are the token table's rows."""
+    module = Embedding(config, dtype)
+    return module.apply({"params": params}, ids, vectors=vectors)  # pyright: ignore[reportReturnType]

@@ -2,7 +2,7 @@
 
 from flaxcompress.ops.activation import activate
 from flaxcompress.ops.attention import attend_values, attention_probabilities, dot_product_attention
-from flaxcompress.ops.bits import pack, packed_width, unpack
+from flaxcompress.ops.bits import on_host, pack, packed_width, unpack
 from flaxcompress.ops.norm import layer_norm
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "attention_probabilities",
     "dot_product_attention",
     "layer_norm",
+    "on_host",
     "pack",
     "packed_width",
     "unpack",

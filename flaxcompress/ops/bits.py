@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, UInt8
@@ -22,18 +25,31 @@ def packed_width(count: int, bits: int) -> int:
 
 
 def pack(codes: Integer[Array, "*B n"] | np.ndarray, bits: int) -> UInt8[Array, "*B p"]:
-    """Packs codes in [0, 2^bits) into bytes; p = `packed_width(n, bits)`."""
-    codes = jnp.asarray(codes)
+    """Packs codes in [0, 2^bits) into bytes; p = `packed_width(n, bits)`.
+
+    Outside of traced code this runs on the host: packing a hundred matrices of different shapes compiles nothing.
+    """
+    codes = on_host(codes)
+    return jnp.asarray(_pack(codes, bits, np if isinstance(codes, np.ndarray) else jnp))
+
+
+def on_host(x: Any) -> Any:
+    """`x` as a NumPy array, or unchanged while it is being traced."""
+    traced = isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    return x if traced else np.asarray(x)
+
+
+def _pack(codes: Any, bits: int, xp: Any) -> Any:
     if bits == 8:
-        return codes.astype(jnp.uint8)
+        return codes.astype(xp.uint8)
     per_word = _PER_WORD[bits]
     short = -codes.shape[-1] % per_word
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
-    codes = codes.reshape(*codes.shape[:-1], -1, per_word).astype(jnp.uint32)
-    words = (codes << (bits * jnp.arange(per_word, dtype=jnp.uint32))).sum(-1, dtype=jnp.uint32)
+    codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
+    codes = codes.reshape(*codes.shape[:-1], -1, per_word).astype(xp.uint32)
+    words = (codes << (bits * xp.arange(per_word, dtype=xp.uint32))).sum(-1, dtype=xp.uint32)
     n_bytes = per_word * bits // 8
-    parts = (words[..., None] >> (8 * jnp.arange(n_bytes, dtype=jnp.uint32))) & 0xFF
-    return parts.reshape(*words.shape[:-1], -1).astype(jnp.uint8)
+    parts = (words[..., None] >> (8 * xp.arange(n_bytes, dtype=xp.uint32))) & 0xFF
+    return parts.reshape(*words.shape[:-1], -1).astype(xp.uint8)
 
 
 def unpack(packed: UInt8[Array, "*B p"], bits: int, count: int) -> UInt8[Array, "*B {count}"]:

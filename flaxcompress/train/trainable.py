@@ -32,7 +32,7 @@ def thaw_model(model: Model, original: Model | None = None) -> Any:
     Args:
       original: where it has the same dense matrix, the unrounded weights stay as latents inside their level's interval.
     """
-    dense = {} if original is None else tree.flatten(original.params)
+    dense = {} if original is None else tree.View(original.params)
     out = {}
     for address, node in tree.flatten(model.params).items():
         source = dense.get(address)

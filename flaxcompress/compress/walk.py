@@ -1,0 +1,136 @@
+"""Calibration batches walked through a model layer by layer, its weights exchanged ahead of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flaxcompress import tree
+from flaxcompress.compress.calibrate import Batch, moments_of
+from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.encoding import compute_dtype, lookup
+from flaxcompress.formats import dense
+from flaxcompress.model import Model
+from flaxcompress.nn import INPUTS, Layer, layer_sets
+from flaxcompress.nn.transformer import embed
+from flaxcompress.progress import progress_bar
+
+# What one layer computes, in order; the linear maps of a stage read the same input.
+_STAGES = (
+    (("attention", "query"), ("attention", "key"), ("attention", "value")),
+    (("attention", "output"),),
+    (("feed_forward", "up"),),
+    (("feed_forward", "down"),),
+)
+
+
+class Stage(NamedTuple):
+    """Kernels that read one input, at their weight set's first use.
+
+    Attributes:
+      layer: which layer.
+      addresses: the kernels.
+      moments: C = E[xᵀx], [n, n] float32, of the input as it is through the weights exchanged so far.
+    """
+
+    layer: int
+    addresses: tuple[str, ...]
+    moments: Float[Array, "n n"]
+
+
+class LayerWalk:
+    """Walks batches through the layers: every layer is one program, whatever its formats, run on dense weights.
+
+    Attributes:
+      exchanged: {address: matrix [n, m] in any format} used in the model's stead; assign to exchange one from here on.
+      masks: the batches' masks [B, T].
+    """
+
+    def __init__(self, model: Model, batches: list[Batch]):
+        self._config = model.config.replace(formats=())  # one structure for all layers
+        self._dtype = compute_dtype()
+        self._weights = tree.View(model.params)
+        self._sliced: dict[str, Any] = {}
+        self.exchanged: dict[str, Any] = {}
+        self.masks = [jnp.asarray(mask) for _, mask in batches]
+        self._states = [self._embed(model, ids) for ids, _ in batches]
+        self._tokens = float(sum(mask.sum() for _, mask in batches))
+
+    def _embed(self, model: Model, ids: np.ndarray) -> jax.Array:
+        vectors = lookup(model.params["embedding"]["token"], ids.reshape(-1)).reshape(*ids.shape, -1)
+        return embed(model.params["embedding"], jnp.asarray(ids), self._config, self._dtype, vectors)
+
+    def stages(self, *, label: str, progress: bool = False) -> Iterator[Stage]:
+        """Every stage of every layer in order; what is exchanged at a weight set's first use holds at later ones."""
+        seen: set[str] = set()
+        with progress_bar(label, self._config.layers, show=progress) as advance:
+            for number in range(self._config.layers):
+                for stage in _STAGES:
+                    addresses = tuple(self._address(number, part, f"{name}/kernel") for part, name in stage)
+                    if not seen.issuperset(addresses):
+                        seen.update(addresses)
+                        yield Stage(number, addresses, self._moments(number, "/".join(stage[0])))
+                params = self._params(number)
+                for i, mask in enumerate(self.masks):  # one by one, so that only one batch is held twice
+                    self._states[i] = self._layer(params, self._states[i], mask)
+                advance()
+
+    def outcome(self, stage: Stage, changes: Mapping[str, Any]) -> list[Float[Array, "B T D"]]:
+        """The last layer's output per batch if `changes` were exchanged at this stage; nothing is kept."""
+        states = self._states
+        for number in range(stage.layer, self._config.layers):
+            params = self._params(number, changes)
+            states = [self._layer(params, x, mask) for x, mask in zip(states, self.masks, strict=True)]
+        return states
+
+    def kernel(self, address: str) -> Float[Array, "n m"]:
+        """The dense matrix at an address, as exchanged."""
+        if address in self.exchanged:
+            self._sliced.pop(address, None)
+            return dense(self.exchanged[address])
+        if address not in self._sliced:
+            self._sliced[address] = dense(self._weights[address])
+        return self._sliced[address]
+
+    def _address(self, layer: int, part: str, rest: str) -> str:
+        return f"layers/{getattr(self._config.sharing, part)[layer]}/{part}/{rest}"
+
+    def _params(self, layer: int, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        params: dict[str, Any] = {}
+        for part, number in zip(PARTS, layer_sets(self._config, layer), strict=True):
+            prefix = f"layers/{number}/{part}/"
+            params[part] = tree.nest(
+                {
+                    a.removeprefix(prefix): dense(changes[a]) if changes and a in changes else self.kernel(a)
+                    for a in self._weights
+                    if a.startswith(prefix)
+                }
+            )
+        return params
+
+    def _layer(self, params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+        return _run_layer(self._config, params, x, mask)
+
+    def _moments(self, number: int, name: str) -> jax.Array:
+        total: Any = 0.0
+        params = self._params(number)
+        for x, mask in zip(self._states, self.masks, strict=True):
+            total = total + _layer_moments(self._config, params, x, mask, name)
+        return total / self._tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(config: ModelConfig, params, x, mask):
+    return Layer(config, (0, 0, 0)).apply({"params": params}, x, mask)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _layer_moments(config: ModelConfig, params, x, mask, name: str):
+    _, recorded = Layer(config, (0, 0, 0)).apply({"params": params}, x, mask, mutable=[INPUTS])
+    return moments_of(recorded[INPUTS], mask)[name]

