@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer
 
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import LowRank, dense, take
+from flaxcompress.formats import dense, map_parts, take
 from flaxcompress.nn import Transformer
 from flaxcompress.progress import progress_bar
 from flaxcompress.text import Assets, Pooling, pad_ids
@@ -154,15 +154,9 @@ def _chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def dequantized_kernels(params: Any) -> Any:
-    """All but the token table in float32, dequantized once for many batches; low-rank kernels stay products."""
+    """All but the token table in float32, dequantized once for many batches; composed kernels stay composed."""
 
     def ready(address: str, node: Any) -> Any:
-        return node if address == "embedding/token" else _ready(node)
+        return node if address == "embedding/token" else map_parts(node, lambda part, _: dense(part), table=False)
 
     return tree.update(params, ready)
-
-
-def _ready(node: Any) -> Any:
-    if isinstance(node, LowRank):
-        return LowRank(left=_ready(node.left), right=_ready(node.right))
-    return dense(node)

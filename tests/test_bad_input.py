@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flaxcompress import encoding, storage, tree
 from flaxcompress import model as model_file
-from flaxcompress import storage, tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.families.bert import names, write_config
 from flaxcompress.folder import load, save
@@ -503,7 +503,7 @@ def fake_vectors(params, ids, mask, *rest):
     ids=["empty", "whitespace", "long-word", "long-line", "controls", "plain"],
 )
 def test_odd_texts_are_encoded(text, tokens, monkeypatch):
-    monkeypatch.setattr(model_file, "_sentence_vectors", fake_vectors)
+    monkeypatch.setattr(encoding, "_sentence_vectors", fake_vectors)
     vectors = tiny().encode([text, "the cat"])
     assert vectors[:, 1].tolist() == [tokens, 4]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flaxcompress import encoding, tree
 from flaxcompress import model as model_file
-from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig, Sharing
 from flaxcompress.encoding import bucket_length, pool
 from flaxcompress.folder import load, save
@@ -434,17 +434,17 @@ def sentences(count: int, longest: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def encoded():
-    """(model, texts, their vectors, compiled function): the lengths fall into five buckets, one shape each."""
-    traced = jax.jit(chex.assert_max_traces(model_file.sentence_vectors, n=5), static_argnums=(3, 4, 5))
+    """(model, texts, their vectors): the lengths, 3 to 22 tokens, fall into two buckets, one compiled shape each."""
+    traced = jax.jit(chex.assert_max_traces(encoding.sentence_vectors, n=2), static_argnums=(3, 4, 5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_file, "_sentence_vectors", traced)
+        patch.setattr(encoding, "_sentence_vectors", traced)
         model, texts = tiny().replace(assets=assets(pooling=Pooling("mean", True))), sentences(64, 20)
         vectors = model.encode(texts, batch_size=8)
-    return model, texts, vectors, traced
+    return model, texts, vectors
 
 
 def test_encode_keeps_the_order_and_equals_one_batch(encoded):
-    model, texts, vectors, _ = encoded
+    model, texts, vectors = encoded
     assert vectors.shape == (64, 12) and vectors.dtype == np.float32
     rows = model.assets.tokenize(texts).ids
     longest = max(map(len, rows))
@@ -458,9 +458,8 @@ def test_encode_keeps_the_order_and_equals_one_batch(encoded):
 
 
 def test_a_stream_equals_a_list(encoded, monkeypatch):
-    model, texts, vectors, traced = encoded
-    monkeypatch.setattr(model_file, "_CHUNK", 16)
-    monkeypatch.setattr(model_file, "_sentence_vectors", traced)
+    model, texts, vectors = encoded
+    monkeypatch.setattr(encoding, "_CHUNK", 16)
     drawn = []
 
     def stream():
@@ -494,19 +493,31 @@ def test_bucket_lengths():
     assert [bucket_length(n, 512) for n in (1, 8, 9, 33, 257, 400, 512)] == [8, 8, 12, 40, 384, 512, 512]
     assert bucket_length(30, 30) == 30 and bucket_length(3, 5) == 5
     assert len({bucket_length(n, 512) for n in range(1, 513)}) <= 19
+    assert [bucket_length(n, 512, texts=9) for n in (1, 8, 17, 33, 257)] == [16, 16, 32, 64, 384]
+    assert len({bucket_length(n, 512, texts=9) for n in range(1, 513)}) <= 7
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_texts_and_few_give_the_same_vectors(name):
+    """Few run on the stored formats; many on dequantized kernels and a dense table of the tokens that they hold."""
+    model = tiny(name).replace(assets=assets(pooling=Pooling("mean", True)))
+    texts = sentences(20, 6)
+    few = np.concatenate([model.encode(texts[i : i + 4]) for i in range(0, 20, 4)])
+    many = model.encode(texts, batch_size=4)
+    np.testing.assert_allclose(many, few, rtol=0, atol=64 * EPS)
 
 
 def test_truncation_warns_once_with_a_count(monkeypatch, caplog):
     """Over all chunks of a stream."""
     model = tiny().replace(assets=assets(max_length=6))
-    monkeypatch.setattr(model_file, "_CHUNK", 4)
+    monkeypatch.setattr(encoding, "_CHUNK", 4)
     seen = []
 
     def run(params, ids, mask, *rest):
         seen.append(mask.sum(1).max())
         return np.zeros((len(ids), 12), np.float32)
 
-    monkeypatch.setattr(model_file, "_sentence_vectors", run)
+    monkeypatch.setattr(encoding, "_sentence_vectors", run)
     texts = ["cat " * n for n in (1, 9, 4, 5, 2, 30, 3, 8, 1)]
     with caplog.at_level(logging.WARNING, "flaxcompress"):
         model.encode(texts)

@@ -16,7 +16,7 @@ from flaxcompress.compress.sensitivity import choose_bits, kernel_sensitivities,
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.walk import LayerWalk
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import Bucketed, Format, LowRank, Quantized, QuantizedSpec, materialize
+from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, map_parts, materialize
 from flaxcompress.formats.base import parse_spec, spec_of
 from flaxcompress.model import Model, abstract_flat, replace_matrices
 
@@ -163,16 +163,12 @@ class Quantize(Step):
 
     def _alone(self, node: Any, spec: QuantizedSpec, *, table: bool) -> Any:
         """Quantizes the dense parts of one matrix by themselves; what is quantized already stays."""
-        if isinstance(node, LowRank):
-            left = self._alone(node.left, spec, table=table)
-            return LowRank(left=left, right=self._alone(node.right, spec, table=False))
-        if isinstance(node, Bucketed):
-            tiers = tuple(self._alone(t, spec, table=table) for t in node.tiers)
-            return Bucketed(tiers=tiers, assignment=node.assignment)
-        if isinstance(node, Format):
-            return node
         kind: Rounding = "nearest" if self.rounding == "nearest" else "mse"
-        return compress_matrix(node, spec, table=table, rounding=kind)
+
+        def change(part: Any, is_table: bool) -> Any:
+            return part if isinstance(part, Format) else compress_matrix(part, spec, table=is_table, rounding=kind)
+
+        return map_parts(node, change, table=table)
 
     def _with_moments(self, node: Any, spec: QuantizedSpec, moments: Any) -> Any:
         """Quantizes one kernel by GPTQ; of a low-rank one the factors in turn."""

@@ -8,6 +8,7 @@ from flaxcompress.formats.base import (
     attend,
     dense,
     from_tensors,
+    map_parts,
     materialize,
     matmul,
     matmul_flops,
@@ -24,6 +25,7 @@ from flaxcompress.formats.bucketed import Bucketed, BucketedSpec, Tier
 from flaxcompress.formats.fake_quantized import FakeQuantized, thaw
 from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank
 from flaxcompress.formats.quantized import Quantized, QuantizedSpec
+from flaxcompress.formats.rows import RowFormat, RowSpec
 
 __all__ = [
     "Banded",
@@ -37,12 +39,15 @@ __all__ = [
     "LowRankSpec",
     "Quantized",
     "QuantizedSpec",
+    "RowFormat",
+    "RowSpec",
     "Spec",
     "Tier",
     "attend",
     "break_even_rank",
     "dense",
     "from_tensors",
+    "map_parts",
     "materialize",
     "matmul",
     "matmul_flops",

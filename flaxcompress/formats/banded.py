@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flaxcompress.formats.base import Format, Spec, check_dtype, dot, register
+from flaxcompress.formats.base import check_dtype, register
+from flaxcompress.formats.rows import Levels, RowFormat, RowSpec
 from flaxcompress.ops import on_host, pack, packed_width, unpack
 
 Bands = tuple[tuple[int, int], ...]  # (columns, bits) from left to right
@@ -58,12 +59,13 @@ def column_shifts(bands: Bands) -> np.ndarray:
 
 
 @flax.struct.dataclass
-class Banded(Format):
+class Banded(RowFormat):
     """`values` [rows, bytes] and `scale` [rows, 1] of a table [rows, Σ columns]."""
 
     values: Any
     scale: Any
     bands: Bands = flax.struct.field(pytree_node=False)
+    transposed = False  # tables only
 
     @classmethod
     def from_levels(cls, levels: Float[Array, "r n"], scale: Float[Array, "r 1"], spec: BandedSpec) -> Banded:
@@ -96,19 +98,13 @@ class Banded(Format):
             start += size
         return jnp.concatenate(parts, axis=-1) * scale.astype(jnp.float32)
 
-    def take(self, ids):
+    def take_rows(self, ids):
         return self._decode(
             jnp.take(self.values, ids, axis=0, mode="clip"), jnp.take(self.scale, ids, axis=0, mode="clip")
         )
 
-    def materialize(self):
+    def rows(self):
         return self._decode(self.values, self.scale)
-
-    def matmul(self, x):
-        return dot(x, self.materialize(), 0)
-
-    def attend(self, x):
-        return dot(x, self.materialize(), 1)
 
     def stored_values(self):
         rows = self.values.shape[-2]
@@ -117,12 +113,11 @@ class Banded(Format):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class BandedSpec(Spec):
+class BandedSpec(RowSpec):
     """The bands, (columns, bits) each, and the scales' dtype."""
 
     kind: ClassVar[str] = "banded"
     bands: Bands
-    scale_dtype: str = "float16"
 
     def __post_init__(self):
         if not all(isinstance(band, (list, tuple)) and len(band) == 2 for band in self.bands):
@@ -145,6 +140,18 @@ class BandedSpec(Spec):
 
     def to_json(self):
         return {"kind": self.kind, "bands": [list(band) for band in self.bands], "scale_dtype": self.scale_dtype}
+
+    def levels(self, bits):
+        del bits
+        return Levels(column_steps(self.bands), column_tops(self.bands), column_shifts(self.bands))
+
+    def spread(self, scale, columns):
+        del columns
+        return scale
+
+    def pack(self, levels, scale, *, transposed):
+        del transposed
+        return Banded.from_levels(levels, scale, self)
 
     def init(self, key, shape, initializer, *, table):
         if not table or shape[1] != sum(columns for columns, _ in self.bands):

@@ -7,8 +7,8 @@ file and know no format by name. A matrix is a *kernel* [n, m] (multiplied: x @ 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,19 @@ class Format:
         """The spec that describes this node; `spec().init` makes one of equal structure."""
         raise NotImplementedError(f"{type(self).__name__}.spec")
 
+    def parts(self) -> tuple[Part, ...]:
+        """The matrices that this one is composed of; none for a format that holds its values itself."""
+        return ()
+
+    def with_parts(self, nodes: Sequence[Any]) -> Format:
+        """The same composition of other matrices of the same shapes, in the order of `parts`."""
+        raise NotImplementedError(f"{type(self).__name__}.with_parts")
+
+    def part_targets(self, dense: Float[np.ndarray, "n m"] | None) -> list[np.ndarray | None]:
+        """What each part should approximate for the whole to approximate `dense`; None where nothing is known."""
+        del dense
+        return [None] * len(self.parts())
+
     def matmul_flops(self) -> int:
         """Floating-point operations of `matmul` per row of x."""
         n, m = self.shape
@@ -57,6 +70,20 @@ class Format:
     def take_flops(self) -> int:
         """Floating-point operations of `take` per row."""
         return 0
+
+
+class Part(NamedTuple):
+    """A matrix inside a composed one; `table`: its rows are looked up where the whole's rows are."""
+
+    node: Any
+    table: bool
+
+
+def map_parts(node: Any, change: Callable[[Any, bool], Any], *, table: bool) -> Any:
+    """Replaces every innermost matrix of a (composed) one by `change(matrix, whether it is a table)`."""
+    if isinstance(node, Format) and (parts := node.parts()):
+        return node.with_parts([map_parts(p.node, change, table=table and p.table) for p in parts])
+    return change(node, table)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from flaxcompress.formats.base import (
     Format,
+    Part,
     Spec,
     attend,
     materialize,
@@ -55,6 +56,16 @@ class Bucketed(Format):
     @property
     def shape(self):
         return (sum(t.shape[-2] for t in self.tiers), self.tiers[0].shape[-1])
+
+    def parts(self):
+        return tuple(Part(tier, table=True) for tier in self.tiers)
+
+    def with_parts(self, nodes):
+        return Bucketed(tiers=tuple(nodes), assignment=self.assignment)
+
+    def part_targets(self, dense):
+        numbers = np.asarray(self.tier_of_row())
+        return [None if dense is None else dense[numbers == i] for i in range(len(self.tiers))]
 
     def spec(self):
         return BucketedSpec(tiers=tuple(Tier(rows=t.shape[-2], format=spec_of(t)) for t in self.tiers))

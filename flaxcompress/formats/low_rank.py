@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxcompress.formats.base import (
     DenseSpec,
     Format,
+    Part,
     Spec,
     attend,
     materialize,
@@ -45,6 +47,18 @@ class LowRank(Format):
     def rank(self) -> int:
         """R."""
         return self.left.shape[-1]
+
+    def parts(self):
+        return (Part(self.left, table=True), Part(self.right, table=False))
+
+    def with_parts(self, nodes):
+        left, right = nodes
+        return LowRank(left=left, right=right)
+
+    def part_targets(self, dense):
+        right = np.asarray(materialize(self.right), np.float64)
+        left = None if dense is None else np.asarray(dense, np.float64) @ np.linalg.pinv(right)
+        return [None if left is None else left.astype(np.float32), right.astype(np.float32)]
 
     def spec(self):
         return LowRankSpec(rank=self.rank, left=spec_of(self.left), right=spec_of(self.right))

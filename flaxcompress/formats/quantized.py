@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from flaxcompress.formats.base import Format, Spec, check_dtype, dot, register
+from flaxcompress.formats.base import check_dtype, register
+from flaxcompress.formats.rows import Levels, RowFormat, RowSpec
 from flaxcompress.ops import on_host, pack, packed_width, unpack
 
 BITS = (2, 3, 4, 8)
@@ -67,7 +68,7 @@ def dequantize(
 
 
 @flax.struct.dataclass
-class Quantized(Format):
+class Quantized(RowFormat):
     """`values` [rows, packed bytes] and `scale` [rows, groups]; `transposed` when the matrix is rowsᵀ (a kernel)."""
 
     values: Any
@@ -99,26 +100,13 @@ class Quantized(Format):
     def spec(self):
         return QuantizedSpec(bits=self.bits, group=self.group, scale_dtype=str(self.scale.dtype))
 
-    def rows(self) -> Float[Array, "r n"]:
-        """The dequantized rows."""
+    def rows(self):
         return dequantize(self.values, self.scale, bits=self.bits, columns=self.columns, group=self.group)
 
-    def matmul(self, x):
-        return dot(x, self.rows(), 1 if self.transposed else 0)
-
-    def attend(self, x):
-        return dot(x, self.rows(), 0 if self.transposed else 1)
-
-    def take(self, ids):
-        if self.transposed:
-            return jnp.take(self.rows().T, ids, axis=0, mode="clip")
+    def take_rows(self, ids):
         values = jnp.take(self.values, ids, axis=0, mode="clip")
         scale = jnp.take(self.scale, ids, axis=0, mode="clip")
         return dequantize(values, scale, bits=self.bits, columns=self.columns, group=self.group)
-
-    def materialize(self):
-        rows = self.rows()
-        return rows.swapaxes(-1, -2) if self.transposed else rows
 
     def stored_values(self):
         rows, columns = self.values.shape[-2], self.columns
@@ -127,13 +115,12 @@ class Quantized(Format):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class QuantizedSpec(Spec):
+class QuantizedSpec(RowSpec):
     """`bits`, values per scale (`group`, None for the whole row), and the scales' dtype."""
 
     kind: ClassVar[str] = "quantized"
     bits: int = 8
     group: int | None = None
-    scale_dtype: str = "float16"
 
     def __post_init__(self):
         if self.bits not in BITS:
@@ -141,6 +128,27 @@ class QuantizedSpec(Spec):
         if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
             raise ValueError(f"quantized format: group must be a positive integer or null, got {self.group!r}")
         check_dtype(self.scale_dtype, "quantized format: scale_dtype")
+
+    @property
+    def leaf_bits(self):
+        return self.bits
+
+    def template(self):
+        return dataclasses.replace(self, bits=BITS[-1])
+
+    def with_bits(self, bits):
+        return dataclasses.replace(self, bits=bits)
+
+    def levels(self, bits):
+        which = (bits == np.asarray(BITS)).argmax()
+        tops = jnp.asarray([top_level(b) for b in BITS], jnp.float32)
+        return Levels(np.float32(1.0), tops[which], jnp.where(bits < 4, 0.5, 0.0).astype(jnp.float32))
+
+    def spread(self, scale, columns):
+        return spread_scale(scale, columns, self.group)
+
+    def pack(self, levels, scale, *, transposed):
+        return Quantized.from_levels(levels, scale, self, table=not transposed)
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one stored row."""

@@ -12,17 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import tree
-from flaxcompress.formats import (
-    Banded,
-    Bucketed,
-    FakeQuantized,
-    Format,
-    LowRank,
-    Quantized,
-    materialize,
-    spec_for,
-    thaw,
-)
+from flaxcompress.formats import FakeQuantized, Format, RowFormat, map_parts, spec_for, thaw
 from flaxcompress.model import Model
 
 
@@ -43,37 +33,24 @@ def thaw_model(model: Model, original: Model | None = None) -> Any:
 
 
 def _thaw(node: Any, source: np.ndarray | None) -> Any:
-    if isinstance(node, Quantized):
-        rows = source.T if source is not None and node.transposed else source
-        return thaw(node, rows)
-    if isinstance(node, Banded):
-        return thaw(node, source)
-    if isinstance(node, LowRank):
-        right = np.asarray(materialize(node.right), np.float64)
-        left = None if source is None else (source.astype(np.float64) @ np.linalg.pinv(right)).astype(np.float32)
-        return LowRank(left=_thaw(node.left, left), right=_thaw(node.right, right.astype(np.float32)))
-    if isinstance(node, Bucketed):
-        numbers = np.asarray(node.tier_of_row())
-        tiers = [_thaw(t, None if source is None else source[numbers == i]) for i, t in enumerate(node.tiers)]
-        return Bucketed(tiers=tuple(tiers), assignment=node.assignment)
+    if isinstance(node, RowFormat):
+        return thaw(node, source.T if source is not None and node.transposed else source)
+    if isinstance(node, Format):
+        targets = node.part_targets(source)
+        return node.with_parts([_thaw(part.node, dense) for part, dense in zip(node.parts(), targets, strict=True)])
     return node.astype(jnp.float32) if jnp.issubdtype(node.dtype, jnp.floating) else node
 
 
-def _freeze(node: Any) -> Any:
-    if isinstance(node, FakeQuantized):
-        return node.freeze()
-    if isinstance(node, LowRank):
-        return LowRank(left=_freeze(node.left), right=_freeze(node.right))
-    if isinstance(node, Bucketed):
-        return Bucketed(tiers=tuple(_freeze(t) for t in node.tiers), assignment=node.assignment)
-    return node
+def _freeze(node: Any, table: bool) -> Any:
+    del table
+    return node.freeze() if isinstance(node, FakeQuantized) else node
 
 
 def freeze_model(params: Any, model: Model) -> Model:
     """The model with trained parameters in the stored formats that `model.config` asks for."""
     flat = {}
     for address, node in tree.flatten(params).items():
-        frozen = _freeze(node)
+        frozen = map_parts(node, _freeze, table=False)
         if not isinstance(frozen, Format):
             frozen = frozen.astype(getattr(spec_for(model.config, address), "dtype", "float32"))
         flat[address] = frozen
