@@ -20,6 +20,9 @@ import pytest
 
 from flaxcompress import bench as bench_module
 from flaxcompress import cli
+from flaxcompress.cli.compress import work_folder
+from flaxcompress.cli.files import write_vectors
+from flaxcompress.cli.parse import parse
 from flaxcompress.config import ModelConfig
 from flaxcompress.folder import load, save
 from flaxcompress.model import Model
@@ -210,7 +213,7 @@ def test_help_has_an_example_that_parses(verb, capsys):
     example = re.split(r" (?:╭|positional)", shown.partition("For example: ")[2])[0]
     words = example.rpartition("| ")[2].split()  # past what feeds a pipe
     assert words[:2] == ["flaxcompress", verb]
-    assert type(cli._parse(words[1:])) is cli.VERBS[verb]
+    assert type(parse(words[1:])) is cli.VERBS[verb]
 
 
 def test_help_lists_the_verbs(capsys):
@@ -263,7 +266,7 @@ def test_encode_refuses_bytes_that_are_no_text_and_keeps_the_old_file(tiny, here
 
 def test_vectors_are_written_as_they_come(here):
     parts = [np.arange(n * 3, dtype=np.float32).reshape(n, 3) for n in (2, 5, 1)]
-    assert cli.write_vectors(Path("v.npy"), iter(parts), "parts") == (8, 3)
+    assert write_vectors(Path("v.npy"), iter(parts), "parts") == (8, 3)
     np.testing.assert_array_equal(np.load("v.npy"), np.concatenate(parts))
 
 
@@ -275,7 +278,7 @@ def test_a_full_disk_leaves_the_old_file(here, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ValueError, match="No space left"):
-        cli.write_vectors(Path("v.npy"), parts(), "parts")
+        write_vectors(Path("v.npy"), parts(), "parts")
     assert tree(here) == {"v.npy": b"old"}
 
 
@@ -444,4 +447,4 @@ def test_python_m_flaxcompress(tiny, here):
 
 
 def test_the_work_folder_is_a_hidden_sibling():
-    assert cli.work_folder(Path("/a/b")) == Path("/a/.b.work")
+    assert work_folder(Path("/a/b")) == Path("/a/.b.work")

@@ -82,6 +82,22 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
+def decode_lines(file: Iterable[bytes], name: str | Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of UTF-8 bytes, without a byte order mark; lines end at a newline and nowhere else.
+
+    Raises ValueError for invalid UTF-8, when it is reached; the message names the line of `name`.
+    """
+    for number, raw in enumerate(file, 1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at position "
+                f"{error.start + 1}); convert it, for example with iconv"
+            ) from None
+        yield number, (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
+
+
 def _kind(path: Path) -> str:
     """Checks that `path` can hold text; "txt", "tsv" or "jsonl"."""
     if not path.exists():
@@ -97,19 +113,12 @@ def _kind(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a UTF-8 file; lines end at a newline and nowhere else."""
+    """(line number, line) of a UTF-8 file."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at position "
-                        f"{error.start + 1}); convert the file, for example with iconv"
-                    ) from None
-                yield number, (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
+            for number, line in decode_lines(file, path):
+                yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{path}, after line {number}: damaged gzip ({reason}); fetch or pack it again") from None

@@ -1,0 +1,46 @@
+"""What verbs share: the types of their arguments, how they fail, the line below their table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import Positional, arg
+
+PROGRAM = "flaxcompress"
+MODEL = "a folder, a Hugging Face hub id, or minilm"
+
+ModelName = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL)]
+JsonFile = Annotated[Path | None, arg(name="json", metavar="FILE", help="also writes the result to this JSON file")]
+Overwrite = Annotated[bool, arg(help="replaces the output folder if it exists")]
+Debug = Annotated[bool, arg(help="shows the traceback of an error")]
+
+
+class Verb:
+    """A command: its fields are the arguments and flags, its docstring is the help, with an example that parses.
+
+    `run` imports the parts of the library that it needs, so that mistyped commands answer at once.
+    """
+
+    resumes: ClassVar[bool] = False  # the same command, given again, goes on where it was interrupted
+    wants_huge_pages: ClassVar[bool] = False
+    debug: Debug
+
+    def check(self) -> None:
+        """Raises ValueError for settings that are no command; called while the command is parsed."""
+
+    def run(self) -> Any:
+        """Does the work; returns what is printed."""
+        raise NotImplementedError
+
+
+class Failure(Exception):
+    """Something went wrong that is not the caller's mistake, and whose message says all there is to say."""
+
+
+def with_caption(table: Any, line: str) -> Any:
+    """The table with one more line below it."""
+    from rich.text import Text
+
+    table.caption = Text(f"{table.caption}\n{line}" if table.caption else line)
+    return table

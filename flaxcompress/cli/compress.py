@@ -1,0 +1,100 @@
+"""`flaxcompress compress`: a model made smaller by a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import arg
+
+from flaxcompress.cli.command import Debug, ModelName, Overwrite, Verb, with_caption
+from flaxcompress.cli.files import absolute
+from flaxcompress.cli.torch_check import PyTorchCheck
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compress(Verb):
+    """Makes a model smaller by a recipe, and writes it as a folder that also loads in PyTorch.
+
+    A run that was interrupted goes on from its last checkpoint when the same command is given again.
+
+    For example: flaxcompress compress minilm --recipe balanced --out small
+    """
+
+    resumes: ClassVar = True
+    wants_huge_pages: ClassVar = True
+    model: ModelName
+    out: Annotated[Path, arg(metavar="DIR", help="the folder to write")]
+    recipe: Annotated[str, arg(metavar="NAME|FILE", help="light, balanced, small, tiny, nano or a YAML file")] = (
+        "balanced"
+    )
+    target: Annotated[str | None, arg(metavar="8x|10MB", help="adjusts the recipe to reach this size")] = None
+    data: Annotated[
+        tuple[str, ...] | None,
+        arg(
+            metavar="FILE…",
+            help="text to calibrate and heal on: txt, tsv or jsonl, each plain or .gz, FILE:COLUMN names a column",
+            help_behavior_hint="(default: docstrings of Python's standard library)",
+        ),
+    ] = None
+    heal_steps: Annotated[
+        int | None, arg(metavar="N", help="steps of healing, 0 for none", help_behavior_hint="(default: the recipe's)")
+    ] = None
+    dry_run: Annotated[bool, arg(help="shows the plan and its sizes, and writes nothing")] = False
+    overwrite: Overwrite = False
+    seed: Annotated[int, arg(metavar="N", help="of everything random")] = 0
+    debug: Debug = False
+
+    def run(self) -> Any:
+        """Returns the report's table, or the plan's."""
+        import jax
+
+        from flaxcompress import storage
+        from flaxcompress.compress.recipe import Recipe
+        from flaxcompress.compress.run import compress
+        from flaxcompress.folder import load, save
+
+        out = absolute(self.out)
+        storage.check_output(out, overwrite=self.overwrite)
+        _check_data(self.data)
+        model = load(self.model)
+        recipe = Recipe.load(self.recipe)
+        if self.target is not None:
+            recipe = recipe.with_target(self.target, model)
+        if self.heal_steps is not None:
+            recipe = recipe.with_heal_steps(self.heal_steps)
+        if self.dry_run:
+            return recipe.plan(model).table()
+        work = work_folder(out)
+        small, report = compress(
+            model,
+            recipe,
+            calibration=None if self.data is None else list(self.data),
+            key=jax.random.key(self.seed),
+            work=work,
+            progress=True,
+        )
+        check = PyTorchCheck(small, out)
+        save(small, out, report=report, overwrite=self.overwrite, check=check)
+        shutil.rmtree(work, ignore_errors=True)
+        table = report.table()
+        return with_caption(table, f"written to {self.out}; {check.outcome}")
+
+
+def work_folder(out: Path) -> Path:
+    """Where a compression into `out` keeps its checkpoints: a hidden sibling, removed at the end."""
+    return out.parent / f".{out.name}.work"
+
+
+def _check_data(files: Sequence[str] | None) -> None:
+    """Raises where --data names no file, or one that does not exist: the library would take the name for a text."""
+    from flaxcompress.data.readers import parse_source
+
+    if files is not None and not files:
+        raise ValueError("compress: --data names no file; give at least one, or leave it out")
+    for file in files or ():
+        if not parse_source(file)[0].exists():
+            raise FileNotFoundError(f"{file}: no such file (--data)")

@@ -1,0 +1,20 @@
+"""The commands: a new one is a file with a `Verb` and one entry here."""
+
+from __future__ import annotations
+
+from flaxcompress.cli.bench import Bench
+from flaxcompress.cli.command import Verb
+from flaxcompress.cli.compress import Compress
+from flaxcompress.cli.encode import Encode
+from flaxcompress.cli.evaluate import Evaluate
+from flaxcompress.cli.export import Export
+from flaxcompress.cli.inspect import Inspect
+
+VERBS: dict[str, type[Verb]] = {
+    "inspect": Inspect,
+    "compress": Compress,
+    "evaluate": Evaluate,
+    "encode": Encode,
+    "bench": Bench,
+    "export": Export,
+}
