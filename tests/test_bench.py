@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,14 +13,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flaxcompress import bench as bench_module
-from flaxcompress.bench import BenchResult, Contestant, bench, bench_encode, make_batch
+from flaxcompress.bench import (
+    RIVALS,
+    BenchResult,
+    Contestant,
+    bench,
+    bench_encode,
+    cold_start,
+    compare,
+    energy,
+    make_batch,
+)
+from flaxcompress.bench.pytorch import Torch
 from flaxcompress.config import ModelConfig
 from flaxcompress.export import export
 from flaxcompress.folder import load, save
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, Pooling
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "cats", "see", "dogs"]
 
 
@@ -97,8 +110,8 @@ def test_bench_against_torch(own, stock):
 
 
 def test_a_runtime_that_is_not_installed_is_left_out_with_a_note(stock, monkeypatch):
-    monkeypatch.setitem(bench_module.RIVALS, "torch", ("torch_that_nobody_has",))
-    monkeypatch.setattr(bench_module, "_in_process_of_its_own", lambda *_: COLD)
+    monkeypatch.setitem(RIVALS, "torch", ("torch_that_nobody_has",))
+    monkeypatch.setattr(compare, "in_process_of_its_own", lambda *_: COLD)
     found = bench([stock], batch=2, length=8, rounds=2)
     assert [one.runtime for one in found.contestants] == ["flaxcompress"] and found.baseline.endswith("flaxcompress")
     assert any("torch_that_nobody_has" in note and "pip install" in note for note in found.notes)
@@ -132,17 +145,17 @@ def test_bench_encode(own):
 
 def test_a_process_of_its_own_reports_or_says_why_not(stock):
     shapes = {"batch": 2, "length": 4, "vocabulary": len(VOCABULARY), "seed": 0}
-    found = bench_module._in_process_of_its_own("flaxcompress", stock, shapes)
+    found = cold_start.in_process_of_its_own("flaxcompress", stock, shapes)
     assert set(found) == set(COLD) and all(value > 0 for value in found.values())
     with pytest.raises(RuntimeError, match=r"nowhere.*flaxcompress failed"):
-        bench_module._in_process_of_its_own("flaxcompress", stock.parent / "nowhere", shapes)
+        cold_start.in_process_of_its_own("flaxcompress", stock.parent / "nowhere", shapes)
 
 
 def test_code_of_a_folder_is_run_only_when_it_is_ours(own, tmp_path):
     pytest.importorskip("torch")
     folder = save(load(own), tmp_path / "changed")
     (folder / "modeling_flaxcompress.py").write_text("raise SystemExit('this must not run')")
-    for use in (bench_module._Torch, lambda folder: bench_encode(load(folder), folder, ["one"])):
+    for use in (Torch, lambda folder: bench_encode(load(folder), folder, ["one"])):
         with pytest.raises(ValueError, match="no other code is run"):
             use(folder)
 
@@ -176,23 +189,48 @@ def test_make_batch():
 
 
 def test_energy_counters(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "_POWER", tmp_path)
-    assert not bench_module._Energy().readable
+    monkeypatch.setattr(energy, "_POWER", tmp_path)
+    assert not energy.Energy().readable
     for name, used in (("intel-rapl:0", 900), ("intel-rapl:1", 100), ("intel-rapl:0:0", 5)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(f"{used}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("1000\n")
-    meter = bench_module._Energy()
+    meter = energy.Energy()
     assert meter.readable and meter.read() == [900, 100]
     before = meter.read()
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("50\n")  # wrapped around
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("130\n")
     assert meter.since(before) == pytest.approx((150 + 30) / 1e6)
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("denied\n")
-    assert not bench_module._Energy().readable
+    assert not energy.Energy().readable
 
 
-def test_the_file_loads_without_heavy_libraries():
-    source = Path(bench_module.__file__).read_text()
+def test_the_probe_loads_without_heavy_libraries():
+    source = (Path(cold_start.__file__).parent / "probe.py").read_text()
     top = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert not any(name in line for line in top for name in ("jax", "torch", "flax", "transformers"))
+
+
+def test_pytorch_pays_for_nothing_of_jax(own, stock):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    shapes = {"batch": 2, "length": 4, "vocabulary": len(VOCABULARY), "seed": 0}
+    for folder in (stock, own):
+        code = f"""
+            import json, runpy, sys
+            sys.argv[1:] = [json.dumps({{"runtime": "torch", "folder": {str(folder)!r}, "shapes": {shapes}}})]
+            runpy.run_path({str(Path(cold_start.__file__).parent / "probe.py")!r}, run_name="__main__")
+            print(json.dumps(sorted(sys.modules)))
+        """
+        command = [sys.executable, "-P", "-c", "\n".join(line.strip() for line in code.splitlines())]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        found, modules = map(json.loads, done.stdout.strip().splitlines()[-2:])
+        assert set(found) == set(COLD) and all(value > 0 for value in found.values())
+        assert {"torch", "transformers"} <= set(modules)
+        assert [name for name in modules if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")] == []
+        ours = {name for name in modules if name.split(".")[0] == "flaxcompress"}
+        files = ("bench.batch", "bench.pytorch", "bench.runtimes", "bench.threads", "export.quiet")
+        assert ours <= {"flaxcompress", "flaxcompress.bench", "flaxcompress.export"} | {
+            f"flaxcompress.{f}" for f in files
+        }

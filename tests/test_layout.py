@@ -118,7 +118,7 @@ def test_other_frameworks_only_at_call_time(name, path):
     for module, late, line in imports(path):
         if module.split(".")[0] in FRAMEWORKS:
             allowed = unit_of(name) in ("export", "bench") and late
-            assert allowed, f"{name}:{line} imports {module}: only inside functions of export/ and bench.py"
+            assert allowed, f"{name}:{line} imports {module}: only inside functions of export/ and bench/"
 
 
 def test_kernels_are_reached_only_from_ops():

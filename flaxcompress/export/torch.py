@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module, resources, util
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from flaxcompress import storage, tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import pool, sentence_vectors
+from flaxcompress.export.quiet import quiet_transformers
 from flaxcompress.families import FAMILIES
 from flaxcompress.folder import MODEL_TYPE
 from flaxcompress.formats import materialize
@@ -184,7 +184,7 @@ def _torch_states(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray
         network = _own_class(folder)
     else:
         network = getattr(transformers, (hf.get("architectures") or ["AutoModel"])[0])
-    with _quiet():
+    with quiet_transformers():
         net, info = network.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
@@ -207,19 +207,3 @@ def _own_class(folder: Path) -> Any:
             f"{folder / name}: missing, or not this version's file; save the model again with this version"
         )
     return import_module(f"flaxcompress.export.{CODE}").FlaxCompressModel
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its progress bar and its report on a missing pooler."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
