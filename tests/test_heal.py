@@ -1,5 +1,6 @@
 """Healing: it helps, keeps formats, resumes to the same weights, and survives bad gradients and interrupts."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_models import make_model, make_sentences, words
 
 import flaxcompress as fc
 from flaxcompress import tree
@@ -21,37 +23,19 @@ from flaxcompress.data.stream import FragmentStream
 from flaxcompress.train import freeze_model, thaw_model, train
 from flaxcompress.train.objectives import cosine_loss, hidden_loss, logits_loss
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(10)),
-]
-
+WORDS = words(200)
 MORE_BITS = fc.BitsFor(pattern=r"layers/1/.*", bits=4, group=16)
 
 
-def make_model(head="none", key=0):
-    config = fc.ModelConfig(
-        vocabulary=len(WORDS), width=32, layers=3, heads=4, feed_forward_width=64, positions=32, head=head, pooler=False
-    )
-    assets = fc.Assets(
-        files=(("vocab.txt", "\n".join(WORDS).encode()),), pooling=fc.Pooling("mean", True), max_length=32
-    )
-    return fc.Model.init(config, key=jax.random.key(key), assets=assets)
-
-
-def make_sentences(count=300):
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS[5:], rng.integers(5, 20))) for _ in range(count)]
+def tiny(head="none", key=0):
+    config = {"width": 32, "layers": 3, "feed_forward_width": 64, "positions": 32}
+    return make_model(WORDS, key=key, head=head, pooler=False, **config)
 
 
 @pytest.fixture(scope="module")
 def setting():
-    model = make_model()
-    text = fc.calibration_text(make_sentences())
+    model = tiny()
+    text = fc.calibration_text(make_sentences(WORDS, 300))
     calibration = Calibration(text, model.assets, vocabulary=len(WORDS))
     context = Context(original=model, calibration=calibration)
     steps = (
@@ -111,9 +95,9 @@ def test_zero_steps_change_nothing(setting):
 
 
 def test_logits_are_healed_where_a_head_exists():
-    model = make_model("masked_lm")
+    model = tiny("masked_lm")
     small = fc.Quantize(bits=2, group=16, rounding="mse")(model, Context(original=model), key=jax.random.key(0))
-    text = fc.calibration_text(make_sentences())
+    text = fc.calibration_text(make_sentences(WORDS, 300))
     context = Context(original=model, calibration=Calibration(text, model.assets, vocabulary=len(WORDS)))
     healed = Heal(steps=30, batch=8, cosine=0.0, hidden=0.0)(small, context, key=jax.random.key(0))
     ids = np.asarray(model.assets.tokenize([text.held_out[0]]).ids)
@@ -184,9 +168,9 @@ steps:
 def command(tmp_path_factory):
     """(folder, a function that starts the same compression into a given output)."""
     folder = tmp_path_factory.mktemp("resume")
-    fc.save(make_model(), folder / "model")
+    fc.save(tiny(), folder / "model")
     (folder / "recipe.yaml").write_text(RECIPE)
-    (folder / "text.txt").write_text("\n".join(make_sentences(200)))
+    (folder / "text.txt").write_text("\n".join(make_sentences(WORDS, 200)))
 
     def start(out: Path) -> subprocess.Popen:
         words = ["compress", "model", "--recipe", "recipe.yaml", "--data", "text.txt", "--out", str(out)]
@@ -198,6 +182,10 @@ def command(tmp_path_factory):
     _, errors = whole.communicate(timeout=600)
     assert whole.returncode == 0, errors
     return folder, start
+
+
+def losses(folder):
+    return json.loads((folder / "report.json").read_text())["healing"]
 
 
 @pytest.mark.slow
@@ -221,6 +209,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(command, numb
     _, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
     assert "goes on from step" in errors
+    assert losses(out) == losses(folder / "whole"), "the report holds the whole curve"
     want, got = (fc.load(f) for f in (folder / "whole", out))
     for (address, a), b in zip(tree.flatten(want.params).items(), tree.flatten(got.params).values(), strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):

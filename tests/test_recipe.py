@@ -5,38 +5,23 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiny_models import make_model, make_sentences, words
 
 import flaxcompress as fc
 from flaxcompress.compress import recipe_names
 from flaxcompress.compress.allocate import parse_target
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    *(chr(97 + i) + chr(97 + j) for i in range(20) for j in range(20)),
-]
+WORDS = words(400)
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = fc.ModelConfig(vocabulary=len(WORDS), width=64, layers=2, heads=4, feed_forward_width=128, positions=48)
-    assets = fc.Assets(
-        files=(("vocab.txt", "\n".join(WORDS).encode()),),
-        pooling=fc.Pooling("mean", True),
-        max_length=32,
-        source="someone/some-model",
-        licence="mit",
-    )
-    return fc.Model.init(config, key=jax.random.key(0), assets=assets)
+    return make_model(WORDS, width=64, layers=2, feed_forward_width=128, positions=48)
 
 
 @pytest.fixture(scope="module")
 def sentences():
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS[5:], rng.integers(5, 20))) for _ in range(200)]
+    return make_sentences(WORDS, 200)
 
 
 def test_the_shipped_recipes_are_valid_and_round_trip():

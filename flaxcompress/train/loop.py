@@ -50,7 +50,7 @@ def _train_step(loss_function, optimizer, trainable, state, frozen, constants, b
     updates, new_state = optimizer.update(gradient, state, trainable)
     # A step that is not finite is left out. Selecting leaf by leaf fuses with the update; optax.apply_if_finite's
     # conditional copies the whole state instead and doubles the time of a step (measured on CPU).
-    finite = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(gradient))
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
     return keep(optax.apply_updates(trainable, updates), trainable), keep(new_state, state), value
 
@@ -75,19 +75,22 @@ def train(
       constants: arrays that the loss needs but that are not trained, such as the teacher's parameters.
       batches: step -> batch; a pure function of the step, so that a resumed run sees what an uninterrupted one would.
       checkpoints: a folder; an earlier run's newest state in it is taken up again.
-      on_loss: called with every step's loss, in order, resumed ones included only from where the run goes on.
+      on_loss: called with every step's loss, in order; a resumed run calls it for the earlier run's steps first.
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
       FloatingPointError: the loss was not finite in 20 steps running.
     """
     trainable, frozen = partition(jax.tree.map(jnp.copy, params))
-    state = optimizer.init(trainable)
+    state, losses = optimizer.init(trainable), np.zeros(steps, np.float32)
     with contextlib.ExitStack() as stack:
         keeper = stack.enter_context(Checkpoints(checkpoints)) if checkpoints is not None else None
         first = 0
-        if keeper is not None and (found := keeper.restore((trainable, state))) is not None:
-            first, (trainable, state) = found
+        if keeper is not None and (found := keeper.restore((trainable, state, jnp.asarray(losses)))) is not None:
+            first, (trainable, state, earlier) = found
+            losses[:first] = earlier[:first]
+            for step in range(first):
+                on_loss(step, float(losses[step]))
             if first:
                 log.warning("%s goes on from step %d of %d", label, first, steps)
         stopped = stack.enter_context(deferred_interrupts())
@@ -99,7 +102,7 @@ def train(
             trainable, state, value = _train_step(
                 loss_function, optimizer, trainable, state, frozen, constants, batches(step)
             )
-            loss = float(value)
+            losses[step] = loss = float(value)
             on_loss(step, loss)
             skipped = 0 if np.isfinite(loss) else skipped + 1
             if skipped >= _MAX_SKIPPED:
@@ -109,7 +112,7 @@ def train(
             advance(1, f"loss {smooth:.4f}" if smooth is not None else "")
             done = step + 1
             if keeper is not None and ((done % save_every == 0 and done < steps) or stopped()):
-                keeper.save(done, (trainable, state), wait=stopped())
+                keeper.save(done, (trainable, state, jnp.asarray(losses)), wait=stopped())
             if stopped():
                 raise KeyboardInterrupt(f"{label} stopped after step {done}")
     return combine(trainable, frozen)
