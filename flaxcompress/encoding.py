@@ -123,7 +123,7 @@ def _encode_ids(params, config, rows, pad, limit, pooling, batch_size, texts, ad
     order = np.argsort([len(r) for r in rows], kind="stable")[::-1]
     out = np.empty((len(rows), config.width), np.float32)
     pending: list[tuple[np.ndarray, Any]] = []
-    count = min(batch_size, len(rows)) if len(rows) > 4 else len(rows)
+    count = min(batch_size, 1 << (max(1, len(rows)) - 1).bit_length())  # few shapes for short lists, too
     for start in range(0, len(rows), count):
         chosen = order[start : start + count]
         length = bucket_length(max(len(rows[i]) for i in chosen), limit, texts=texts)

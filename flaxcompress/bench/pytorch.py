@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flaxcompress.bench.runtimes import OWN
+from flaxcompress.export.code import check_code
 from flaxcompress.export.quiet import quiet_transformers
 
 
@@ -22,7 +23,7 @@ class Torch:
         own = json.loads((folder / "config.json").read_text("utf-8")).get("model_type") == OWN
         options: dict[str, Any] = {"trust_remote_code": True} if own else {"attn_implementation": "sdpa"}
         if own:
-            _check_code(folder)
+            check_code(folder)
         with quiet_transformers():
             network = AutoModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, **options)
         self._network = network.eval()
@@ -48,17 +49,6 @@ def sentence_transformer(folder: Path) -> Any:
 
     own = json.loads((folder / "config.json").read_text("utf-8")).get("model_type") == OWN
     if own:
-        _check_code(folder)
+        check_code(folder)
     with quiet_transformers():
         return SentenceTransformer(str(folder), device="cpu", trust_remote_code=own, local_files_only=True)
-
-
-def _check_code(folder: Path) -> None:
-    """Only this version's own code is ever run from a folder."""
-    name = "modeling_flaxcompress.py"
-    ours = Path(__file__).parents[1] / "export" / name
-    if not (folder / name).is_file() or (folder / name).read_bytes() != ours.read_bytes():
-        raise ValueError(
-            f"{folder / name}: missing, or not this version's file, and no other code is run from a folder; "
-            "save the model again with this version"
-        )

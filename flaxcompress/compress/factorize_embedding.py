@@ -21,6 +21,7 @@ from flaxcompress.compress.tiers import (
     TierSetting,
     basis_bytes,
     choose_layout,
+    columns_used,
     left_spec,
     row_bytes,
     smallest_layout,
@@ -225,12 +226,6 @@ def banded_table(
     inner = nodes[0] if len(nodes) == 1 else Bucketed.from_tiers(tuple(nodes), tier_of_row)
     outer = quantize_matrix(right[:used], QuantizedSpec(bits=8), table=False)
     return LowRank(left=inner, right=outer), factors.spectrum
-
-
-def columns_used(bands: Bands) -> int:
-    """Columns up to the last band that stores anything."""
-    ends = np.cumsum([columns for columns, _ in bands])
-    return int(max(end for end, (_, bits) in zip(ends, bands, strict=True) if bits))
 
 
 def cut_bands(bands: Bands, used: int) -> Bands:

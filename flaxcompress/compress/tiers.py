@@ -96,9 +96,15 @@ def smallest_layout(vocabulary: int, width: int, max_tiers: int) -> int:
     return vocabulary * row + fixed_bytes(vocabulary, width, max_tiers)
 
 
-def fixed_bytes(vocabulary: int, width: int, max_tiers: int) -> int:
-    """Bytes of the packed assignment and of the 8-bit basis."""
-    return (vocabulary * assignment_bits(max_tiers) + 7) // 8 + (width + 2) * width
+def fixed_bytes(vocabulary: int, width: int, max_tiers: int, *, used: int | None = None) -> int:
+    """Bytes of the packed assignment and of the 8-bit basis of `used` components (None: of all)."""
+    return (vocabulary * assignment_bits(max_tiers) + 7) // 8 + basis_bytes(used or width, width, 8)
+
+
+def columns_used(bands: Bands) -> int:
+    """Columns up to the last band that stores anything."""
+    ends = np.cumsum([columns for columns, _ in bands])
+    return int(max(end for end, (_, bits) in zip(ends, bands, strict=True) if bits))
 
 
 def choose_layout(
@@ -138,8 +144,10 @@ def choose_layout(
     loss = energy[:, :, None] * np.array([GAUSSIAN_LOSS[b] for b in bits])
     bytes_ = rows[:, None, None] * size
 
-    def plan(price: float) -> tuple[int, list[Layout]]:
+    def plan(price: float, kept: int) -> tuple[int, list[Layout]]:
+        """Bytes and layout at a price per byte, from the first `kept` bands."""
         choice = (loss + price * bytes_).argmin(-1)  # [stretches, bands]
+        choice[:, kept:] = bits.index(0)
         choice[:, 0] = np.maximum(choice[:, 0], 1)  # every row stores something
         pick = choice[:, :, None]
         cost = np.take_along_axis(loss, pick, 2).sum((1, 2))
@@ -173,14 +181,22 @@ def choose_layout(
         raise ValueError(
             f"{target_bytes} bytes are too few for a {vocabulary}×{width} table; the smallest takes {needed}"
         )
-    budget = target_bytes - fixed_bytes(vocabulary, width, max_tiers)
-    _, fitting = plan(1e6)
-    low, high = -80.0, 20.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        stored, layouts = plan(2.0**middle)
-        if stored > budget:
-            low = middle
-        else:
-            high, fitting = middle, layouts
+
+    def search(kept: int) -> list[Layout]:
+        budget = target_bytes - fixed_bytes(vocabulary, width, max_tiers, used=int(ends[kept - 1]))
+        _, fitting = plan(1e6, kept)
+        low, high = -80.0, 20.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            stored, layouts = plan(2.0**middle, kept)
+            if stored > budget:
+                low = middle
+            else:
+                high, fitting = middle, layouts
+        return fitting
+
+    kept, fitting = len(columns), search(len(columns))
+    # Components that no row stores need no place in the basis: their bytes go to the rows.
+    while (used := int(np.searchsorted(ends, max(columns_used(t.bands) for t in fitting))) + 1) < kept:
+        kept, fitting = used, search(used)
     return fitting

@@ -37,7 +37,7 @@ class Report:
       flops_per_token: {"before", "after"}.
       fidelity: {"data", "n", "mean_cosine", "rank_correlation", "neighbour_overlap_10"} on held-out text, or None.
       steps: [{"name", "params", "bytes", "seconds"}], sizes after the step.
-      seconds: of the whole run.
+      seconds: of the whole run, finished steps of an interrupted one included.
       parts: {"before": [...], "after": [...]}, the parts of `Profile.to_json`.
       spectra: [{"address", "singular_values", "rank"}] of factorized matrices; rank None where all was kept.
       healing: [{"step", "loss"}].

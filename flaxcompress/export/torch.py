@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from importlib import import_module, resources, util
+from importlib import import_module, util
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 from flaxcompress import storage, tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import pool, sentence_vectors
+from flaxcompress.export.code import NAME, check_code
 from flaxcompress.export.quiet import quiet_transformers
 from flaxcompress.families import FAMILIES
 from flaxcompress.folder import MODEL_TYPE
@@ -23,7 +23,6 @@ from flaxcompress.formats import materialize
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files, tokenizer_config_file
 
-CODE = "modeling_flaxcompress"
 FLOAT_TOLERANCE = 1e-4
 INTEGER_TOLERANCE = 2e-3
 SENTENCES = (
@@ -181,7 +180,8 @@ def _torch_states(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray
 
     hf = storage.read_json(folder / "config.json")
     if hf.get("model_type") == MODEL_TYPE:
-        network = _own_class(folder)
+        check_code(folder)
+        network = import_module(f"flaxcompress.export.{Path(NAME).stem}").FlaxCompressModel
     else:
         network = getattr(transformers, (hf.get("architectures") or ["AutoModel"])[0])
     with quiet_transformers():
@@ -197,13 +197,3 @@ def _torch_states(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray
             input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask, dtype=torch.long)
         )
     return out.last_hidden_state.numpy()
-
-
-def _own_class(folder: Path) -> Any:
-    name = f"{CODE}.py"
-    code = resources.files("flaxcompress.export").joinpath(name).read_bytes()
-    if not (folder / name).is_file() or (folder / name).read_bytes() != code:
-        raise ValueError(
-            f"{folder / name}: missing, or not this version's file; save the model again with this version"
-        )
-    return import_module(f"flaxcompress.export.{CODE}").FlaxCompressModel
