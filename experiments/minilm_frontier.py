@@ -45,7 +45,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "minilm_frontier.json"
 KERNELS = r"layers/\d+/.*/kernel|embedding/position"
-ATTENTION = r"layers/\d+/attention/.*/kernel"
 POSITION = {"pattern": "embedding/position", "bits": 8}
 
 # Figures of the peers: mean cosine on STS-B sentences, measured once on two CPU cores.
@@ -60,11 +59,8 @@ def trim() -> dict:
     return {"Trim": {"positions": "limit", "pooler": "unused", "dtype": "float16"}}
 
 
-def quantize(attention: int, feed_forward: int, group: int = 64, **more) -> dict:
-    overrides = [POSITION, *more.pop("first", [])]
-    if attention != feed_forward:
-        overrides.append({"pattern": ATTENTION, "bits": attention, "group": group})
-    return {"Quantize": {"bits": feed_forward, "group": group, "pattern": KERNELS, "overrides": overrides, **more}}
+def quantize(bits: int, group: int = 64, **more) -> dict:
+    return {"Quantize": {"bits": bits, "group": group, "pattern": KERNELS, "overrides": [POSITION], **more}}
 
 
 def table(bits: float, **more) -> dict:
@@ -83,20 +79,25 @@ CONFIGURATIONS = {
     "tiny": "tiny",
     "nano": "nano",
     # the default's parts, without healing
-    "balanced, no healing": [trim(), table(2.15), quantize(4, 4)],
-    "balanced, nearest rounding, no healing": [trim(), table(2.15), quantize(4, 4, rounding="nearest")],
-    "balanced, error-minimising rounding, no healing": [trim(), table(2.15), quantize(4, 4, rounding="mse")],
+    "balanced, no healing": [trim(), table(2.15), quantize(4)],
+    "balanced, nearest rounding, no healing": [trim(), table(2.15), quantize(4, rounding="nearest")],
+    "balanced, error-minimising rounding, no healing": [trim(), table(2.15), quantize(4, rounding="mse")],
     "balanced, one plain SVD table, no healing": [
         trim(),
         {"FactorizeEmbedding": {"tiers": [{"rank": 128, "bits": 4}], "weighting": "none"}},
-        quantize(4, 4),
+        quantize(4),
     ],
-    "balanced, counts not tempered, no healing": [trim(), table(2.15, power=1.0), quantize(4, 4)],
-    "balanced, frequency metric, no healing": [trim(), table(2.15, weighting="frequency"), quantize(4, 4)],
-    "balanced, 3 tiers, no healing": [trim(), table(2.15, max_tiers=3), quantize(4, 4)],
-    "tiny, 150 steps": [trim(), table(1.42), quantize(3, 2), heal(150, 6e-3)],
-    "tiny, groups of 128, 150 steps": [trim(), table(1.50), quantize(3, 2, group=128), heal(150, 6e-3)],
-    "tiny, half the rate, 150 steps": [trim(), table(1.42), quantize(3, 2), heal(150, 3e-3)],
+    "balanced, counts not tempered, no healing": [trim(), table(2.15, power=1.0), quantize(4)],
+    "balanced, frequency metric, no healing": [trim(), table(2.15, weighting="frequency"), quantize(4)],
+    "balanced, 3 tiers, no healing": [trim(), table(2.15, max_tiers=3), quantize(4)],
+    "balanced, 4 bits everywhere": [trim(), table(2.15), quantize(4), heal(200, 2e-3)],
+    # below nano
+    "3.9 MB": [
+        trim(),
+        table(0.6),
+        quantize(2, group=128),
+        heal(1000, 6e-3),
+    ],
 }
 
 
