@@ -12,7 +12,7 @@ from flax.core import FrozenDict
 
 PARTS = ("attention", "feed_forward", "norms")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-HEADS = ("none", "masked_lm")
+HEADS = ("none", "masked_lm", "replaced_token")
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -107,17 +107,33 @@ class Sharing:
 class ModelConfig:
     """A transformer encoder's structure; family-neutral names, dimension letters beside them.
 
+    Attributes:
+      embedding_width: E, when the embeddings are narrower (or wider) than the layers: they are normalised in E and then
+        mapped to D (ALBERT, Lan et al. 2020). None: D, without a map.
+      positions: the longest sequence.
+      position_offset: the row of the first position in the position table. Above 0, positions count tokens other than
+        `pad_token`, and padding reads the row before (RoBERTa).
+      segments: rows of the segment table; 0 for none.
+      relative_buckets: rows of a relative position bias that all layers share, [buckets, H] (T5, Raffel et al. 2020;
+        MPNet); 0 for none.
+      relative_distance: the distance from which all positions share the last bucket.
+      head_activation: inside the head; None for `activation`.
+
     Raises ValueError on construction when fields contradict each other.
     """
 
     family: str = "bert"
     vocabulary: int  # V
     width: int  # D
+    embedding_width: int | None = None  # E
     layers: int  # L
     heads: int  # H
     feed_forward_width: int  # F
     positions: int = 512
+    position_offset: int = 0
     segments: int = 2
+    relative_buckets: int = 0
+    relative_distance: int = 128
     activation: str = "gelu"
     norm_epsilon: float = 1e-12
     dropout: float = 0.1
@@ -126,6 +142,7 @@ class ModelConfig:
     pad_token: int = 0
     pooler: bool = True
     head: str = "none"
+    head_activation: str | None = None
     sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (None: every layer owns its weights)
     formats: tuple[FormatRule, ...] = ()
 
@@ -134,12 +151,21 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
-        if self.segments < 0:
-            raise ValueError(f"config: segments must be 0 or more, got {self.segments}")
+        for name in ("segments", "position_offset", "relative_buckets"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
+        if self.embedding_width is not None and self.embedding_width < 1:
+            raise ValueError(f"config: embedding_width must be a positive integer, got {self.embedding_width!r}")
+        if self.relative_buckets and (self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 4):
+            raise ValueError(
+                f"config: relative_buckets must be a multiple of 4 with relative_distance above a quarter of it, got "
+                f"{self.relative_buckets} and {self.relative_distance}"
+            )
         if self.width % self.heads:
             raise ValueError(f"config: width {self.width} is not divisible by heads {self.heads}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"config: unknown activation {self.activation!r}; {closest(self.activation, ACTIVATIONS)}")
+        for name in (self.activation, self.head_activation or self.activation):
+            if name not in ACTIVATIONS:
+                raise ValueError(f"config: unknown activation {name!r}; {closest(name, ACTIVATIONS)}")
         if self.head not in HEADS:
             raise ValueError(f"config: unknown head {self.head!r}; {closest(self.head, HEADS)}")
         if not self.norm_epsilon > 0:
@@ -159,6 +185,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """d, the width of one attention head."""
         return self.width // self.heads
+
+    @property
+    def table_width(self) -> int:
+        """E, the width of the embedding tables."""
+        return self.embedding_width or self.width
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""

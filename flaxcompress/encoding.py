@@ -105,12 +105,14 @@ def encode_stream(
             ids, pad, used = batch.ids, config.pad_token, params
             if ready is not None or (known or len(chunk)) > 4 * batch_size:
                 ready = dequantized_kernels(params) if ready is None else ready
-                vocabulary = np.unique(np.concatenate([np.asarray(row, np.int32) for row in ids] + [[pad]]))
+                vocabulary = np.unique(np.concatenate([np.asarray(row, np.int32) for row in ids]))
+                vocabulary = np.concatenate([[pad], vocabulary[vocabulary != pad]])  # padding is always token 0
                 rows = max(rows, 1 << (len(vocabulary) - 1).bit_length())
                 table = lookup(params["embedding"]["token"], np.pad(vocabulary, (0, rows - len(vocabulary))))
                 used = {**ready, "embedding": {**ready["embedding"], "token": table}}
-                ids = [np.searchsorted(vocabulary, row) for row in ids]
-                pad = int(np.searchsorted(vocabulary, pad))
+                place = np.zeros(config.vocabulary, np.int32)
+                place[vocabulary] = np.arange(len(vocabulary))
+                ids, pad = [place[row] for row in ids], 0
             lengths_for = known or len(chunk)
             yield _encode_ids(used, config, ids, pad, assets.max_length, pooling, batch_size, lengths_for, advance)
     if truncated:
@@ -119,7 +121,7 @@ def encode_stream(
 
 def _encode_ids(params, config, rows, pad, limit, pooling, batch_size, texts, advance) -> np.ndarray:
     # Formats decide nothing once weights exist: without them, models of equal structure share compiled programs.
-    config = config.replace(formats=())
+    config = config.replace(formats=(), pad_token=pad)
     order = np.argsort([len(r) for r in rows], kind="stable")[::-1]
     out = np.empty((len(rows), config.width), np.float32)
     pending: list[tuple[np.ndarray, Any]] = []

@@ -128,7 +128,7 @@ class FactorizeEmbedding(Step):
         return BucketedSpec(tiers=tiers).to_json()
 
     def plan(self, config: ModelConfig) -> ModelConfig:
-        return config.with_format(TOKEN, self._spec(self._settings((config.vocabulary, config.width))))
+        return config.with_format(TOKEN, self._spec(self._settings((config.vocabulary, config.table_width))))
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         table = np.asarray(materialize(tree.View(model.params)[TOKEN]))

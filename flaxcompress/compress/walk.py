@@ -18,7 +18,7 @@ from flaxcompress.encoding import compute_dtype, lookup
 from flaxcompress.formats import dense
 from flaxcompress.model import Model
 from flaxcompress.nn import INPUTS, Layer, layer_sets
-from flaxcompress.nn.transformer import embed
+from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
 
 # What one layer computes, in order; the linear maps of a stage read the same input.
@@ -59,12 +59,13 @@ class LayerWalk:
         self._sliced: dict[str, Any] = {}
         self.exchanged: dict[str, Any] = {}
         self.masks = [jnp.asarray(mask) for _, mask in batches]
-        self._states = [self._embed(model, ids) for ids, _ in batches]
+        first = [self._first(model, ids) for ids, _ in batches]
+        self._states, self._biases = [x for x, _ in first], [bias for _, bias in first]
         self._tokens = float(sum(mask.sum() for _, mask in batches))
 
-    def _embed(self, model: Model, ids: np.ndarray) -> jax.Array:
+    def _first(self, model: Model, ids: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
         vectors = lookup(model.params["embedding"]["token"], ids.reshape(-1)).reshape(*ids.shape, -1)
-        return embed(model.params["embedding"], jnp.asarray(ids), self._config, self._dtype, vectors)
+        return first_input(model.params, jnp.asarray(ids), self._config, self._dtype, vectors)
 
     def stages(self, *, label: str, progress: bool = False) -> Iterator[Stage]:
         """Every stage of every layer in order; what is exchanged at a weight set's first use holds at later ones."""
@@ -77,8 +78,8 @@ class LayerWalk:
                         seen.update(addresses)
                         yield Stage(number, addresses, self._moments(number, "/".join(stage[0])))
                 params = self._params(number)
-                for i, mask in enumerate(self.masks):  # one by one, so that only one batch is held twice
-                    self._states[i] = self._layer(params, self._states[i], mask)
+                for i in range(len(self.masks)):  # one by one, so that only one batch is held twice
+                    self._states[i] = self._layer(params, i, self._states[i])
                 advance()
 
     def outcome(self, stage: Stage, changes: Mapping[str, Any]) -> list[Float[Array, "B T D"]]:
@@ -86,7 +87,7 @@ class LayerWalk:
         states = self._states
         for number in range(stage.layer, self._config.layers):
             params = self._params(number, changes)
-            states = [self._layer(params, x, mask) for x, mask in zip(states, self.masks, strict=True)]
+            states = [self._layer(params, i, x) for i, x in enumerate(states)]
         return states
 
     def kernel(self, address: str) -> Float[Array, "n m"]:
@@ -114,23 +115,23 @@ class LayerWalk:
             )
         return params
 
-    def _layer(self, params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
-        return _run_layer(self._config, params, x, mask)
+    def _layer(self, params: Any, batch: int, x: jax.Array) -> jax.Array:
+        return _run_layer(self._config, params, x, self.masks[batch], self._biases[batch])
 
     def _moments(self, number: int, name: str) -> jax.Array:
         total: Any = 0.0
         params = self._params(number)
-        for x, mask in zip(self._states, self.masks, strict=True):
-            total = total + _layer_moments(self._config, params, x, mask, name)
+        for x, mask, bias in zip(self._states, self.masks, self._biases, strict=True):
+            total = total + _layer_moments(self._config, params, x, mask, bias, name)
         return total / self._tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_layer(config: ModelConfig, params, x, mask):
-    return Layer(config, (0, 0, 0)).apply({"params": params}, x, mask)[0]
+def _run_layer(config: ModelConfig, params, x, mask, bias):
+    return Layer(config, (0, 0, 0)).apply({"params": params}, x, mask, bias)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _layer_moments(config: ModelConfig, params, x, mask, name: str):
-    _, recorded = Layer(config, (0, 0, 0)).apply({"params": params}, x, mask, mutable=[INPUTS])
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _layer_moments(config: ModelConfig, params, x, mask, bias, name: str):
+    _, recorded = Layer(config, (0, 0, 0)).apply({"params": params}, x, mask, bias, mutable=[INPUTS])
     return moments_of(recorded[INPUTS], mask)[name]

@@ -70,17 +70,19 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
 def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """The config without formats and sharing, and {the family's tensor name: float32 array} of a stock checkpoint."""
     flat = tree.flatten(model.params)
-    config = model.config.replace(formats=(), sharing=None)
-    if not config.segments:  # stock code always adds a segment embedding: a row of zeros adds nothing
-        config = config.replace(segments=1)
-        flat["embedding/segment"] = np.zeros((1, config.width), np.float32)
+    family = FAMILIES[model.config.family]
+    config = model.config.replace(formats=())
+    if not family.shares:
+        config = config.replace(sharing=None)
+    if not config.segments and "type_vocab_size" in family.write_config(config):
+        config = config.replace(segments=1)  # stock code always adds a segment embedding: a row of zeros adds nothing
+        flat["embedding/segment"] = np.zeros((1, config.table_width), np.float32)
     arrays = {address: np.asarray(materialize(node), np.float32) for address, node in flat.items()}
-    family = FAMILIES[config.family]
     # Under a head, transformers keeps the encoder's tensors below the family's name and the head's beside it.
-    prefix = f"{family.model_type}." if config.head != "none" else ""
+    prefix = family.prefix if config.head != "none" else ""
     tensors = {}
     for address, (name, transposed) in family.names(config).items():
-        array = arrays[stored_address(model.config, address)]
+        array = arrays[address if family.shares else stored_address(model.config, address)]
         name = name if address.startswith("head/") else prefix + name
         tensors[name] = array.T if transposed else array
     return config, tensors

@@ -1,8 +1,19 @@
-"""Hugging Face families by model_type. A new family is one file and one line here."""
+"""Hugging Face families by model_type. A new family is one file and one entry here."""
 
-from flaxcompress.families import bert
+from flaxcompress.families import albert, bert, distilbert, electra, mpnet, roberta
 from flaxcompress.families.base import Family
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (bert.FAMILY,)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        bert.FAMILY,
+        roberta.ROBERTA,
+        roberta.XLM_ROBERTA,
+        distilbert.FAMILY,
+        mpnet.FAMILY,
+        electra.FAMILY,
+        albert.FAMILY,
+    )
+}
 
 __all__ = ["FAMILIES", "Family"]

@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
+
+
+class Names(dict[str, tuple[str, bool]]):
+    """{address: (tensor name, whether the tensor is stored transposed)}, filled a module at a time."""
+
+    def table(self, address: str, name: str) -> None:
+        """An embedding table."""
+        self[address] = (f"{name}.weight", False)
+
+    def vector(self, address: str, name: str) -> None:
+        """A tensor that no module wraps."""
+        self[address] = (name, False)
+
+    def linear(self, address: str, name: str) -> None:
+        """A torch.nn.Linear, which stores its kernel transposed."""
+        self[f"{address}/kernel"] = (f"{name}.weight", True)
+        self[f"{address}/bias"] = (f"{name}.bias", False)
+
+    def norm(self, address: str, name: str) -> None:
+        """A torch.nn.LayerNorm."""
+        self[f"{address}/scale"] = (f"{name}.weight", False)
+        self[f"{address}/bias"] = (f"{name}.bias", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,26 +50,70 @@ class Family:
       model_type: config.json's `model_type`.
       read_config: Hugging Face config -> ModelConfig; raises ValueError for what the family does not support.
       write_config: ModelConfig -> a stock Hugging Face config.
-      names: ModelConfig -> {address: (tensor name, whether the tensor is stored transposed)}.
-      prefixes: spellings of a leading module name that a checkpoint may carry.
+      names: ModelConfig -> {address: (tensor name without prefix, whether the tensor is stored transposed)}, one entry
+        per layer; per weight set where `shares`.
+      base: the attribute under which transformers' classes with a head keep the encoder; None for `model_type`.
+      shares: whether the stock format stores shared weight sets once.
       renames: (regular expression, replacement) pairs that bring old spellings to the current one.
-      ignored: tensors that carry nothing (full match): buffers.
+      ignored: tensors that carry nothing (full match): buffers, and copies of tied weights.
       head_prefixes: tensors of heads that the caller may not need; left out with one line that says so.
     """
 
     model_type: str
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    names: Callable[[ModelConfig], dict[str, tuple[str, bool]]]
-    prefixes: tuple[str, ...] = ()
+    names: Callable[[ModelConfig], Names]
+    base: str | None = None
+    shares: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     head_prefixes: tuple[str, ...] = ()
 
+    @property
+    def prefix(self) -> str:
+        """What a tensor name of the encoder begins with beside a head."""
+        return f"{self.base or self.model_type}."
+
     def canonical(self, name: str) -> str:
         """A checkpoint's tensor name in the family's current spelling, without a prefix."""
-        for prefix in self.prefixes:
+        for prefix in ("module.", "model.", self.prefix):
             name = name.removeprefix(prefix)
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
+
+
+def required(hf: Mapping[str, Any], family: str, names: Iterable[str]) -> None:
+    """Raises ValueError naming the keys that a config lacks."""
+    if missing := [name for name in names if name not in hf]:
+        raise ValueError(f"config.json: a {family} config needs {', '.join(missing)}")
+
+
+def activation(hf: Mapping[str, Any], key: str, default: str = "gelu") -> str:
+    """Our name of the activation that a config names. Raises ValueError for one that does not exist here."""
+    name = hf.get(key, default)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"config.json: {key} {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def head_of(hf: Mapping[str, Any], heads: Mapping[str, tuple[str, ...]]) -> str:
+    """The head that config.json's architecture has; `heads` maps heads to architectures."""
+    architectures = hf.get("architectures") or []
+    return next((head for head, known in heads.items() if any(a in known for a in architectures)), "none")
+
+
+def tied(hf: Mapping[str, Any], head: str) -> None:
+    """Raises ValueError for a masked-LM head with a table of its own."""
+    if head == "masked_lm" and not hf.get("tie_word_embeddings", True):
+        raise ValueError(
+            "config.json: tie_word_embeddings is false, but only a head tied to the token table is supported; "
+            'load it without: head="none"'
+        )
+
+
+def absolute_positions(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError for other than learned, absolute positions."""
+    positions = hf.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise ValueError(f"config.json: position_embedding_type {positions!r} is not supported, only 'absolute'")

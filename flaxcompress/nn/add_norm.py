@@ -20,7 +20,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        shape = (self.config.width,)
+        shape = (x.shape[-1],)
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         scale = self.param("scale", vector_init(self.config, f"{self.address}/scale", ones), shape)
         bias = self.param("bias", vector_init(self.config, f"{self.address}/bias", zeros), shape)

@@ -26,6 +26,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"] | None,
+        bias: Float[Array, "H T T"] | None = None,
         *,
         deterministic: bool = True,
         need_probabilities: bool = False,
@@ -35,11 +36,11 @@ class Attention(nn.Module):
         query, key, value = (p.reshape(*p.shape[:-1], config.heads, config.head_width) for p in parts)
         dropping = not deterministic and config.attention_dropout > 0
         if dropping or need_probabilities:
-            probabilities = attention_probabilities(query, key, mask)
+            probabilities = attention_probabilities(query, key, mask, bias)
             dropped = self.drop(probabilities, deterministic=deterministic)
             y = attend_values(dropped, value)
         else:
             probabilities = None
-            y = dot_product_attention(query, key, value, mask)
+            y = dot_product_attention(query, key, value, mask, bias)
         y = self.output(y.reshape(*y.shape[:-2], config.width))
         return y, probabilities if need_probabilities else None

@@ -1,4 +1,4 @@
-"""Token, position and segment embeddings, normalised (Devlin et al. 2019, figure 2)."""
+"""Token, position and segment embeddings, normalised (Devlin et al. 2019, figure 2), and mapped to the layers' width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Integer
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
 from flaxcompress.nn.add_norm import LayerNorm
-from flaxcompress.nn.linear import weight
+from flaxcompress.nn.linear import Linear, weight
 
 
 class Embedding(nn.Module):
@@ -27,12 +27,14 @@ class Embedding(nn.Module):
         def table(name, rows):
             spec = spec_for(config, f"embedding/{name}")
             initializer = nn.initializers.normal(config.initializer_range)
-            return weight(self, name, lambda key: spec.init(key, (rows, config.width), initializer, table=True))
+            return weight(self, name, lambda key: spec.init(key, (rows, config.table_width), initializer, table=True))
 
         self.token = table("token", config.vocabulary)
-        self.position = table("position", config.positions)
+        self.position = table("position", config.positions + config.position_offset)
         self.segment = table("segment", config.segments) if config.segments else None
         self.norm = LayerNorm(config, "embedding/norm", self.dtype)
+        if config.embedding_width is not None:
+            self.projection = Linear(config, "embedding/projection", config.table_width, config.width)
         self.drop = nn.Dropout(config.dropout)
 
     def __call__(
@@ -41,10 +43,16 @@ class Embedding(nn.Module):
         segments: Integer[Array, "B T"] | None = None,
         *,
         deterministic: bool = True,
-        vectors: Float[Array, "B T D"] | None = None,
+        vectors: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B T D"]:
+        config = self.config
         x = take(self.token, ids) if vectors is None else vectors
-        x = x + take(self.position, jnp.arange(ids.shape[1]))
+        places = jnp.arange(ids.shape[1])
+        if config.position_offset:
+            real = ids != config.pad_token
+            places = jnp.where(real, jnp.cumsum(real, axis=1), 0) + config.position_offset - 1
+        x = x + take(self.position, places)
         if self.segment is not None:
             x = x + take(self.segment, jnp.zeros_like(ids) if segments is None else segments)
-        return self.drop(self.norm(x), deterministic=deterministic)
+        x = self.drop(self.norm(x), deterministic=deterministic)
+        return x if config.embedding_width is None else self.projection(x)

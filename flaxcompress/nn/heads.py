@@ -26,14 +26,32 @@ class Pooler(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """Vocabulary logits from a transform and the token table, tied, [B, T, D] -> [B, T, V], float32."""
+    """Vocabulary logits from a transform to width E and the token table, tied, [B, T, D] -> [B, T, V], float32."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
         config = self.config
-        y = Linear(config, "head/transform", config.width, config.width, name="transform")(x)
-        y = LayerNorm(config, "head/norm", name="norm")(activate(y, config.activation)).astype(x.dtype)
+        y = Linear(config, "head/transform", config.width, config.table_width, name="transform")(x)
+        y = activate(y, config.head_activation or config.activation)
+        y = LayerNorm(config, "head/norm", name="norm")(y).astype(x.dtype)
         bias = self.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
         return attend(y, table).astype(jnp.float32) + bias
+
+
+class ReplacedToken(nn.Module):
+    """Whether each token was put there by a generator, as a logit [B, T], float32 (ELECTRA, Clark et al. 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T"]:
+        del table
+        config = self.config
+        y = Linear(config, "head/transform", config.width, config.width, name="transform")(x)
+        y = activate(y, config.head_activation or config.activation)
+        return Linear(config, "head/output", config.width, 1, name="output")(y)[..., 0].astype(jnp.float32)
+
+
+HEADS: dict[str, type[nn.Module]] = {"masked_lm": MaskedLM, "replaced_token": ReplacedToken}

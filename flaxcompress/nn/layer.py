@@ -34,11 +34,12 @@ class Layer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"] | None = None,
+        bias: Float[Array, "H T T"] | None = None,
         *,
         deterministic: bool = True,
         need_probabilities: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T T"] | None]:
-        y, probabilities = self.attention(x, mask, deterministic=deterministic, need_probabilities=need_probabilities)
+        y, probabilities = self.attention(x, mask, bias, deterministic=deterministic, need_probabilities=need_probabilities)
         x = self.norms.attention(x + self.drop(y, deterministic=deterministic)).astype(x.dtype)
         y = self.feed_forward(x)
         x = self.norms.feed_forward(x + self.drop(y, deterministic=deterministic)).astype(x.dtype)

@@ -102,6 +102,7 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"] | None = None,
+        bias: Float[Array, "H T T"] | None = None,
         *,
         deterministic: bool = True,
         need_hidden_states: bool = False,
@@ -119,7 +120,8 @@ class Stack(nn.Module):
         dropout_key = None if deterministic else self.make_rng("dropout")
         hidden, attentions, recorded = [], [], []
         for segment in segments(config, layers):
-            x, outputs = self._scan(segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions, record)
+            need = (need_hidden_states, need_attentions, record)
+            x, outputs = self._scan(segment, layers, x, mask, bias, dropout_key, *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             recorded.append((segment.first, outputs[2]))
@@ -130,7 +132,7 @@ class Stack(nn.Module):
             recorded if record is not None else None,
         )
 
-    def _scan(self, segment, layers, x, mask, dropout_key, need_hidden_states, need_attentions, record):
+    def _scan(self, segment, layers, x, mask, bias, dropout_key, need_hidden_states, need_attentions, record):
         config = self.config
         first, last, runs = segment
         module = Layer(config, layer_sets(config, first), parent=None)
@@ -155,6 +157,7 @@ class Stack(nn.Module):
                 {"params": params},
                 x,
                 mask,
+                bias,
                 deterministic=dropout_key is None,
                 need_probabilities=need_attentions,
                 rngs=rngs,

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.embedding import Embedding
-from flaxcompress.nn.heads import MaskedLM, Pooler
+from flaxcompress.nn.heads import HEADS, Pooler
+from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
 
 
@@ -50,9 +51,11 @@ class Transformer(nn.Module):
         config = self.config
         embedding = Embedding(config, self.dtype, name="embedding")
         x = embedding(ids, segments, deterministic=deterministic, vectors=vectors)
+        bias = RelativeBias(config, name="relative_bias")(ids.shape[1]) if config.relative_buckets else None
         out = Stack(config, name="layers")(
             x,
             mask,
+            bias,
             deterministic=deterministic,
             need_hidden_states=need_hidden_states,
             need_attentions=need_attentions,
@@ -63,15 +66,20 @@ class Transformer(nn.Module):
             hidden = jnp.concatenate([out.hidden_states, out.x[None]])
         pooled = Pooler(config, name="pooler")(out.x) if config.pooler else None
         logits = None
-        if config.head == "masked_lm" and (need_logits or self.is_initializing()):
-            logits = MaskedLM(config, name="head")(out.x, embedding.token)
+        if config.head != "none" and (need_logits or self.is_initializing()):
+            logits = HEADS[config.head](config, name="head")(out.x, embedding.token)
         return TransformerOutput(out.x, pooled, logits, hidden, out.attentions, out.recorded)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def embed(
-    params: Any, ids: Integer[Array, "B T"], config: ModelConfig, dtype: Any, vectors: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-    """The input of the first layer, for methods that run layer by layer; `vectors` are the token table's rows."""
-    module = Embedding(config, dtype)
-    return module.apply({"params": params}, ids, vectors=vectors)  # pyright: ignore[reportReturnType]
+def first_input(
+    params: Any, ids: Integer[Array, "B T"], config: ModelConfig, dtype: Any, vectors: Float[Array, "B T E"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "H T T"] | None]:
+    """What the first layer gets, x and the bias of all layers' scores, for methods that run layer by layer.
+
+    `vectors` are the token table's rows.
+    """
+    x = Embedding(config, dtype).apply({"params": params["embedding"]}, ids, vectors=vectors)
+    if not config.relative_buckets:
+        return x, None  # pyright: ignore[reportReturnType]
+    return x, RelativeBias(config).apply({"params": params["relative_bias"]}, ids.shape[1])  # pyright: ignore[reportReturnType]

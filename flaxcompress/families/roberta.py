@@ -1,0 +1,67 @@
+"""RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2020): BERT whose positions count from after padding's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from flaxcompress.config import ModelConfig
+from flaxcompress.families.base import Family, Names, head_of, tied
+from flaxcompress.families.bert import IGNORED, RENAMES, encoder_names, read_encoder, write_encoder
+
+
+def read_config(hf: Mapping[str, Any], *, family: str, classes: str) -> ModelConfig:
+    """transformers' RobertaConfig or XLMRobertaConfig -> ModelConfig."""
+    head = head_of(hf, {"masked_lm": (f"{classes}ForMaskedLM",)})
+    tied(hf, head)
+    pad = 1 if hf.get("pad_token_id") is None else hf["pad_token_id"]
+    return read_encoder(
+        hf,
+        family,
+        head=head,
+        head_activation="gelu",
+        pad_token=pad,
+        position_offset=pad + 1,
+        positions=hf.get("max_position_embeddings", 512) - pad - 1,
+    )
+
+
+def write_config(config: ModelConfig, *, family: str, classes: str) -> dict[str, Any]:
+    """The inverse of `read_config`."""
+    return write_encoder(config, family, f"{classes}{'ForMaskedLM' if config.head == 'masked_lm' else 'Model'}")
+
+
+def names(config: ModelConfig) -> Names:
+    """{address: (tensor name without prefix, stored transposed)}."""
+    out = encoder_names(config)
+    if config.head == "masked_lm":
+        add_head(out)
+    return out
+
+
+def add_head(out: Names) -> None:
+    """The masked-LM head as RoBERTa names it."""
+    out.linear("head/transform", "lm_head.dense")
+    out.norm("head/norm", "lm_head.layer_norm")
+    out.vector("head/bias", "lm_head.bias")
+
+
+HEAD_COPIES = (r"lm_head\.decoder\.(weight|bias)",)  # tied to the token table and to lm_head.bias
+
+
+def _family(model_type: str, classes: str) -> Family:
+    return Family(
+        model_type=model_type,
+        read_config=functools.partial(read_config, family=model_type, classes=classes),
+        write_config=functools.partial(write_config, family=model_type, classes=classes),
+        names=names,
+        base="roberta",
+        renames=RENAMES,
+        ignored=(*IGNORED, *HEAD_COPIES),
+        head_prefixes=("lm_head.", "classifier.", "qa_outputs.", "pooler."),
+    )
+
+
+ROBERTA = _family("roberta", "Roberta")
+XLM_ROBERTA = _family("xlm-roberta", "XLMRoberta")

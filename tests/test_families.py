@@ -1,0 +1,184 @@
+"""Every family against transformers: random configs of odd sizes, all weights perturbed, sharded files, padding."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+import flaxcompress as fc
+from flaxcompress import tree
+from flaxcompress.families import FAMILIES
+from flaxcompress.model import abstract_flat
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+DRAWS = 5
+RELATIVE = 2e-4  # of the largest value; float32 through up to five layers
+
+
+def encoder(rng, **more):
+    heads = int(rng.integers(1, 5))
+    return {
+        "vocab_size": int(rng.integers(20, 90)),
+        "hidden_size": heads * int(rng.integers(2, 9)),
+        "num_hidden_layers": int(rng.integers(1, 6)),
+        "num_attention_heads": heads,
+        "intermediate_size": int(rng.integers(5, 40)),
+        "max_position_embeddings": int(rng.integers(20, 40)),
+        "hidden_act": str(rng.choice(["gelu", "gelu_new", "relu", "silu"])),
+        "layer_norm_eps": float(rng.choice([1e-12, 1e-5])),
+        **more,
+    }
+
+
+def with_segments(rng, **more):
+    return encoder(rng, type_vocab_size=int(rng.integers(1, 4)), **more)
+
+
+def distilbert(rng):
+    base = encoder(rng)
+    return {
+        "vocab_size": base["vocab_size"],
+        "dim": base["hidden_size"],
+        "n_layers": base["num_hidden_layers"],
+        "n_heads": base["num_attention_heads"],
+        "hidden_dim": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "activation": base["hidden_act"] if base["hidden_act"] in ("gelu", "relu") else "gelu",
+    }
+
+
+def albert(rng):
+    base = with_segments(rng, embedding_size=int(rng.integers(2, 9)))
+    return {**base, "num_hidden_groups": int(rng.integers(1, base["num_hidden_layers"] + 1))}
+
+
+def electra(rng):
+    return with_segments(rng, embedding_size=int(rng.integers(2, 9)))
+
+
+# family: (config class, how a config is drawn, {our head: transformers' class})
+CASES = {
+    "bert": ("BertConfig", with_segments, {"none": "BertModel", "masked_lm": "BertForMaskedLM"}),
+    "roberta": ("RobertaConfig", with_segments, {"none": "RobertaModel", "masked_lm": "RobertaForMaskedLM"}),
+    "xlm-roberta": ("XLMRobertaConfig", with_segments, {"none": "XLMRobertaModel", "masked_lm": "XLMRobertaForMaskedLM"}),
+    "distilbert": ("DistilBertConfig", distilbert, {"none": "DistilBertModel", "masked_lm": "DistilBertForMaskedLM"}),
+    "mpnet": ("MPNetConfig", encoder, {"none": "MPNetModel", "masked_lm": "MPNetForMaskedLM"}),
+    "electra": (
+        "ElectraConfig",
+        electra,
+        {"none": "ElectraModel", "replaced_token": "ElectraForPreTraining", "masked_lm": "ElectraForMaskedLM"},
+    ),
+    "albert": ("AlbertConfig", albert, {"none": "AlbertModel", "masked_lm": "AlbertForMaskedLM"}),
+}
+
+
+def test_every_family_has_a_case():
+    assert set(CASES) == set(FAMILIES)
+
+
+def perturbed(network, seed):
+    """Random values everywhere: default initialisation hides swapped tensors, since many are zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return network.eval()
+
+
+def drawn(family, head, number, folder):
+    """(transformers' model, its folder in shards, seed)."""
+    seed = zlib.crc32(f"{family} {head} {number}".encode())
+    print(f"{family} {head}: seed {seed}")
+    config_class, draw, classes = CASES[family]
+    config = getattr(transformers, config_class)(**draw(np.random.default_rng(seed)))
+    torch.manual_seed(seed)
+    network = perturbed(getattr(transformers, classes[head])(config), seed)
+    network.save_pretrained(folder, max_shard_size="8KB" if number % 2 else "1GB")
+    return network, seed
+
+
+def batch(network, seed, pad):
+    """Ids [3, T] with padding at the end of the second row, and their mask."""
+    rng = np.random.default_rng(seed)
+    positions = network.config.max_position_embeddings - 2
+    length = int(rng.integers(3, positions + 1))
+    lengths = np.array([length, max(1, length // 2), max(1, length - 1)])
+    mask = np.arange(length) < lengths[:, None]
+    ids = rng.integers(3, network.config.vocab_size, (3, length))
+    return np.where(mask, ids, pad), mask
+
+
+def close(got, want, mask=None):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    if mask is not None:
+        got, want = got[mask], want[mask]
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() <= RELATIVE * np.abs(want).max()
+
+
+HEADED = [(family, head) for family, (_, _, classes) in CASES.items() for head in classes]
+
+
+@pytest.mark.parametrize("number", range(DRAWS))
+@pytest.mark.parametrize(("family", "head"), HEADED)
+def test_outputs_equal_those_of_transformers(family, head, number, tmp_path):
+    network, seed = drawn(family, head, number, tmp_path)
+    model = fc.load(tmp_path)
+    assert model.config.family == family and model.config.head == head
+    ids, mask = batch(network, seed, model.config.pad_token)
+    with torch.no_grad():
+        want = network(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int)), output_hidden_states=True
+        )
+    got = model(ids, mask, output_hidden_states=True)
+    assert len(got.hidden_states) == len(want.hidden_states)
+    for ours, theirs in zip(got.hidden_states, want.hidden_states, strict=True):
+        close(ours, theirs, mask)
+    if head != "none":
+        close(got.logits, want.logits, mask)
+    elif getattr(want, "pooler_output", None) is not None:
+        close(got.pooled, want.pooler_output)
+
+
+@pytest.mark.parametrize(("family", "head"), HEADED)
+def test_a_round_trip_gives_identical_tensors(family, head, tmp_path):
+    network, _ = drawn(family, head, 0, tmp_path / "theirs")
+    fc.export(fc.load(tmp_path / "theirs"), tmp_path / "ours", format="torch-dense")
+    again = type(network).from_pretrained(tmp_path / "ours")
+    want = {n: t for n, t in network.state_dict().items() if "position_ids" not in n}
+    got = again.state_dict()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize(("family", "head"), HEADED)
+def test_names_are_a_bijection_and_counts_equal_transformers(family, head, tmp_path):
+    network, _ = drawn(family, head, 1, tmp_path)
+    config = fc.load(tmp_path).config
+    names = FAMILIES[family].names(config)
+    flat = abstract_flat(config)
+    assert set(names) == set(flat)
+    assert len({name for name, _ in names.values()}) == len(names)
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(flat)) == sum(
+        p.numel() for p in network.parameters()
+    )
+
+
+@pytest.mark.parametrize(("family", "head"), HEADED)
+def test_a_saved_folder_computes_the_same_in_pytorch(family, head, tmp_path):
+    from flaxcompress.export.torch import check_folder
+
+    drawn(family, head, 2, tmp_path / "theirs")
+    model = fc.load(tmp_path / "theirs")
+    fc.save(model, tmp_path / "ours")
+    again = fc.load(tmp_path / "ours")
+    for a, b in zip(tree.flatten(model.params).values(), tree.flatten(again.params).values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert again.config == model.config
+    assert check_folder(again, tmp_path / "ours") <= 1e-4
