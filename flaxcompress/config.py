@@ -156,7 +156,9 @@ class ModelConfig:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
         if self.embedding_width is not None and self.embedding_width < 1:
             raise ValueError(f"config: embedding_width must be a positive integer, got {self.embedding_width!r}")
-        if self.relative_buckets and (self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 4):
+        if self.relative_buckets and (
+            self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 4
+        ):
             raise ValueError(
                 f"config: relative_buckets must be a multiple of 4 with relative_distance above a quarter of it, got "
                 f"{self.relative_buckets} and {self.relative_distance}"

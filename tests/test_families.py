@@ -65,7 +65,11 @@ def electra(rng):
 CASES = {
     "bert": ("BertConfig", with_segments, {"none": "BertModel", "masked_lm": "BertForMaskedLM"}),
     "roberta": ("RobertaConfig", with_segments, {"none": "RobertaModel", "masked_lm": "RobertaForMaskedLM"}),
-    "xlm-roberta": ("XLMRobertaConfig", with_segments, {"none": "XLMRobertaModel", "masked_lm": "XLMRobertaForMaskedLM"}),
+    "xlm-roberta": (
+        "XLMRobertaConfig",
+        with_segments,
+        {"none": "XLMRobertaModel", "masked_lm": "XLMRobertaForMaskedLM"},
+    ),
     "distilbert": ("DistilBertConfig", distilbert, {"none": "DistilBertModel", "masked_lm": "DistilBertForMaskedLM"}),
     "mpnet": ("MPNetConfig", encoder, {"none": "MPNetModel", "masked_lm": "MPNetForMaskedLM"}),
     "electra": (

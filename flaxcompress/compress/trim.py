@@ -58,7 +58,9 @@ class Trim(Step):
         changes: dict[str, Any] = {}
         dropped = [a for a in view if self.pooler == "drop" and a.startswith("pooler/")]
         if isinstance(self.positions, int):
-            changes["embedding/position"] = materialize(view["embedding/position"])[: self.positions + config.position_offset]
+            changes["embedding/position"] = materialize(view["embedding/position"])[
+                : self.positions + config.position_offset
+            ]
         if self.dtype is not None:
             for address in view.keys() - dropped:
                 if address in ("embedding/position", "embedding/segment") or address.endswith(("/scale", "/bias")):

@@ -8,13 +8,14 @@ the module "embedding/token". A matrix is a *kernel* [n, m] (multiplied: x @ W) 
 A new format is one class (or function) and one entry in `KINDS`.
 """
 
+import math
 import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, TokenClassifierOutput
 
 
 class FlaxCompressConfig(PretrainedConfig):
@@ -249,12 +250,16 @@ class FlaxCompressModel(PreTrainedModel):
         super().__init__(config)
         c = self.structure = config.flaxcompress
         self.register_buffer("compute", torch.empty(0), persistent=False)  # empty: only its dtype matters
-        width, inner = c["width"], c["feed_forward_width"]
-        self._table("embedding/token", c["vocabulary"])
-        self._table("embedding/position", c["positions"])
+        width, inner, narrow = c["width"], c["feed_forward_width"], c["embedding_width"] or c["width"]
+        self._table("embedding/token", c["vocabulary"], narrow)
+        self._table("embedding/position", c["positions"] + c["position_offset"], narrow)
         if c["segments"]:
-            self._table("embedding/segment", c["segments"])
-        self._norm("embedding/norm")
+            self._table("embedding/segment", c["segments"], narrow)
+        self._norm("embedding/norm", narrow)
+        if c["embedding_width"]:
+            self._linear("embedding/projection", narrow, width)
+        if c["relative_buckets"]:
+            self._table("relative_bias/table", c["relative_buckets"], c["heads"])
         sets = {part: range(max(numbers) + 1) for part, numbers in c["sharing"].items()}
         for number in sets["attention"]:
             for name in ("query", "key", "value", "output"):
@@ -263,14 +268,17 @@ class FlaxCompressModel(PreTrainedModel):
             self._linear(f"layers/{number}/feed_forward/up", width, inner)
             self._linear(f"layers/{number}/feed_forward/down", inner, width)
         for number in sets["norms"]:
-            self._norm(f"layers/{number}/norms/attention")
-            self._norm(f"layers/{number}/norms/feed_forward")
+            self._norm(f"layers/{number}/norms/attention", width)
+            self._norm(f"layers/{number}/norms/feed_forward", width)
         if c["pooler"]:
             self._linear("pooler/dense", width, width)
         if c["head"] == "masked_lm":  # the plain model keeps the head too, so that saving it loses nothing
-            self._linear("head/transform", width, width)
-            self._norm("head/norm")
+            self._linear("head/transform", width, narrow)
+            self._norm("head/norm", narrow)
             self._vector("head/bias", c["vocabulary"])
+        elif c["head"] == "replaced_token":
+            self._linear("head/transform", width, width)
+            self._linear("head/output", width, 1)
         self.post_init()
 
     @classmethod
@@ -291,8 +299,8 @@ class FlaxCompressModel(PreTrainedModel):
         spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, address)), None)
         setattr(self, address, build(spec, shape, table))
 
-    def _table(self, address, rows):
-        self._weight(address, (rows, self.structure["width"]), table=True)
+    def _table(self, address, rows, width):
+        self._weight(address, (rows, width), table=True)
 
     def _vector(self, address, size):
         self._weight(address, (size,))
@@ -301,9 +309,9 @@ class FlaxCompressModel(PreTrainedModel):
         self._weight(f"{address}/kernel", (n, m))
         self._vector(f"{address}/bias", m)
 
-    def _norm(self, address):
-        self._vector(f"{address}/scale", self.structure["width"])
-        self._vector(f"{address}/bias", self.structure["width"])
+    def _norm(self, address, width):
+        self._vector(f"{address}/scale", width)
+        self._vector(f"{address}/bias", width)
 
     def weight(self, address):
         """The parameter or module at an address."""
@@ -324,14 +332,35 @@ class FlaxCompressModel(PreTrainedModel):
 
     def embed(self, ids, segments):
         """[B, T] ids -> [B, T, D] in the model's dtype."""
+        c = self.structure
         x = take(self.weight("embedding/token"), ids)
-        x = x + take(self.weight("embedding/position"), torch.arange(ids.shape[1], device=ids.device))
-        if self.structure["segments"]:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        if c["position_offset"]:  # tokens other than padding are counted; padding has the row before theirs
+            real = ids != c["pad_token"]
+            places = real.cumsum(1) * real + c["position_offset"] - 1
+        x = x + take(self.weight("embedding/position"), places)
+        if c["segments"]:
             x = x + take(self.weight("embedding/segment"), torch.zeros_like(ids) if segments is None else segments)
-        return self.drop(self.norm(x, "embedding/norm").to(self.dtype))
+        x = self.drop(self.norm(x, "embedding/norm").to(self.dtype))
+        return self.linear(x, "embedding/projection") if c["embedding_width"] else x
 
-    def attention(self, x, mask, address, need_probabilities):
-        """Multi-head self-attention and, when asked for, its probabilities [B, H, T, S]; mask is [B, 1, 1, S]."""
+    def relative_bias(self, length, device):
+        """A bias on the scores by key - query, [H, T, T]: half of the buckets for each direction, wider far away."""
+        half = self.structure["relative_buckets"] // 2
+        near, distance = half // 2, self.structure["relative_distance"]
+        place = torch.arange(length, device=device)
+        offset = place[None, :] - place[:, None]
+        away = offset.abs()
+        far = torch.log(away.clamp(min=1).float() / near) / math.log(distance / near) * (half - near)
+        far = (near + far.long()).clamp(max=half - 1)
+        buckets = (offset > 0) * half + torch.where(away < near, away, far)
+        return take(self.weight("relative_bias/table"), buckets).permute(2, 0, 1)
+
+    def attention(self, x, mask, bias, address, need_probabilities):
+        """Multi-head self-attention and, when asked for, its probabilities [B, H, T, S].
+
+        mask is [B, 1, 1, S], bias [H, T, S] or None.
+        """
         heads, dropout = self.structure["heads"], self.structure["attention_dropout"] if self.training else 0.0
         query, key, value = (
             self.linear(x, f"{address}/{name}").unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -342,11 +371,13 @@ class FlaxCompressModel(PreTrainedModel):
         allowed = mask | ~some
         if need_probabilities:
             scores = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).float()
+            scores = scores if bias is None else scores + bias
             probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1) * some
             y = F.dropout(probabilities, dropout).to(x.dtype) @ value
         else:
             probabilities = None
-            y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout) * some
+            added = allowed if bias is None else bias.to(x.dtype).masked_fill(~allowed, -torch.inf)
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout) * some
         return self.linear(y.transpose(1, 2).flatten(-2), f"{address}/output"), probabilities
 
     def encode(self, ids, mask, segments, output_hidden_states, output_attentions):
@@ -361,11 +392,12 @@ class FlaxCompressModel(PreTrainedModel):
         need_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         need_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         x = self.embed(ids, segments)
+        bias = self.relative_bias(ids.shape[1], ids.device) if c["relative_buckets"] else None
         states: tuple = (x,)
         attentions: tuple = ()
         for layer in range(c["layers"]):
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
-            y, probabilities = self.attention(x, mask, at["attention"], need_attentions)
+            y, probabilities = self.attention(x, mask, bias, at["attention"], need_attentions)
             x = self.norm(x + self.drop(y), f"{at['norms']}/attention")
             y = ACTIVATIONS[c["activation"]](self.linear(x, f"{at['feed_forward']}/up"))
             y = self.linear(y, f"{at['feed_forward']}/down")
@@ -378,6 +410,10 @@ class FlaxCompressModel(PreTrainedModel):
             hidden_states=states if need_states else None,
             attentions=attentions if need_attentions else None,
         )
+
+    def head_activation(self, x):
+        """The head's own activation, or that of the layers."""
+        return ACTIVATIONS[self.structure["head_activation"] or self.structure["activation"]](x)
 
     def _answer(self, out, return_dict):
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
@@ -417,8 +453,40 @@ class FlaxCompressForMaskedLM(FlaxCompressModel):
         """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss over those that are not -100."""
         out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
         y = self.linear(out.last_hidden_state, "head/transform")
-        y = self.norm(ACTIVATIONS[self.structure["activation"]](y), "head/norm")
+        y = self.norm(self.head_activation(y), "head/norm")
         logits = attend(y, self.weight("embedding/token")).float() + self.weight("head/bias").float()
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         out = MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
+        return self._answer(out, return_dict)
+
+
+class FlaxCompressForPreTraining(FlaxCompressModel):
+    """A logit [B, T], float32, for each token: whether a generator put it there (ELECTRA's discriminator)."""
+
+    def __init__(self, config):
+        if config.flaxcompress["head"] != "replaced_token":
+            raise ValueError(f"this folder holds no replaced-token head (its head is {config.flaxcompress['head']!r})")
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        labels=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """[B, T] token ids -> logits [B, T]; with labels (1: replaced), also the mean loss over real tokens."""
+        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        y = self.head_activation(self.linear(out.last_hidden_state, "head/transform"))
+        logits = self.linear(y, "head/output")[..., 0].float()
+        loss = None
+        if labels is not None:
+            real = torch.ones_like(labels) if attention_mask is None else attention_mask
+            loss = F.binary_cross_entropy_with_logits(logits[real != 0], labels[real != 0].float())
+        out = TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
         return self._answer(out, return_dict)

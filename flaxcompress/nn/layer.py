@@ -39,7 +39,9 @@ class Layer(nn.Module):
         deterministic: bool = True,
         need_probabilities: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T T"] | None]:
-        y, probabilities = self.attention(x, mask, bias, deterministic=deterministic, need_probabilities=need_probabilities)
+        y, probabilities = self.attention(
+            x, mask, bias, deterministic=deterministic, need_probabilities=need_probabilities
+        )
         x = self.norms.attention(x + self.drop(y, deterministic=deterministic)).astype(x.dtype)
         y = self.feed_forward(x)
         x = self.norms.feed_forward(x + self.drop(y, deterministic=deterministic)).astype(x.dtype)

@@ -37,7 +37,5 @@ class RelativeBias(nn.Module):
         spec, normal = spec_for(config, "relative_bias/table"), nn.initializers.normal(config.initializer_range)
         shape = (config.relative_buckets, config.heads)
         table = weight(self, "table", lambda key: spec.init(key, shape, normal, table=True))
-        buckets = relative_buckets(
-            length, length, buckets=config.relative_buckets, distance=config.relative_distance
-        )
+        buckets = relative_buckets(length, length, buckets=config.relative_buckets, distance=config.relative_distance)
         return take(table, jnp.asarray(buckets)).transpose(2, 0, 1)
