@@ -129,7 +129,7 @@ def close(got, want, mask=None):
 HEADED = [(family, head) for family, (_, _, classes) in CASES.items() for head in classes]
 
 
-@pytest.mark.parametrize("number", range(DRAWS))
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, DRAWS))])
 @pytest.mark.parametrize(("family", "head"), HEADED)
 def test_outputs_equal_those_of_transformers(family, head, number, tmp_path):
     network, seed = drawn(family, head, number, tmp_path)

@@ -1,4 +1,4 @@
-"""Token, position and segment embeddings, normalised (Devlin et al. 2019, figure 2), and mapped to the layers' width."""
+"""Token, position and segment embeddings, normalised (Devlin et al. 2019, figure 2)."""
 
 from __future__ import annotations
 
