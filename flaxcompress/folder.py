@@ -131,10 +131,10 @@ def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) ->
     if config.pooler and not any(n.startswith("pooler.") for n in stored):
         config = config.replace(pooler=False)
     wanted = family.names(config)
-    missing = [theirs for theirs, _ in wanted.values() if theirs not in stored]
+    needed = {where.name for where in wanted.values()}
+    missing = [name for name in dict.fromkeys(where.name for where in wanted.values()) if name not in stored]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing: {_some(missing)}")
-    needed = {theirs for theirs, _ in wanted.values()}
     rest = [n for n in stored if n not in needed and not any(re.fullmatch(p, n) for p in family.ignored)]
     heads = [n for n in rest if n.startswith(family.head_prefixes)]
     if extra := sorted(set(rest) - set(heads)):
@@ -145,15 +145,14 @@ def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) ->
         )
     shapes = abstract_flat(config)
     flat = {}
-    for address, (theirs, transposed) in wanted.items():
-        shape = tensors.shape(stored[theirs])
-        shape = shape[::-1] if transposed else shape
-        if shape != tuple(shapes[address].shape):
+    for address, where in wanted.items():
+        shape = where.shape(shapes[address].shape)
+        if tensors.shape(stored[where.name]) != shape:
             raise ValueError(
-                f"{folder}: {theirs} has shape {list(shape)}, config.json implies {list(shapes[address].shape)}"
+                f"{folder}: {where.name} has shape {list(tensors.shape(stored[where.name]))}, config.json implies "
+                f"{list(shape)}"
             )
-        array = tensors[stored[theirs]]
-        flat[address] = np.asarray(array.T if transposed else array, np.float32)
+        flat[address] = np.asarray(where.read(tensors[stored[where.name]]), np.float32)
     return config, flat
 
 

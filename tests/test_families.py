@@ -168,7 +168,7 @@ def test_names_are_a_bijection_and_counts_equal_transformers(family, head, tmp_p
     names = FAMILIES[family].names(config)
     flat = abstract_flat(config)
     assert set(names) == set(flat)
-    assert len({name for name, _ in names.values()}) == len(names)
+    assert len({(where.name, where.part) for where in names.values()}) == len(names)
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(flat)) == sum(
         p.numel() for p in network.parameters()
     )

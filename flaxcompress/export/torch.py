@@ -18,6 +18,7 @@ from flaxcompress.encoding import pool, sentence_vectors
 from flaxcompress.export.code import NAME, check_code
 from flaxcompress.export.quiet import quiet_transformers
 from flaxcompress.families import FAMILIES
+from flaxcompress.families.base import Names, write_tensors
 from flaxcompress.folder import MODEL_TYPE
 from flaxcompress.formats import materialize
 from flaxcompress.model import Model
@@ -80,12 +81,11 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     arrays = {address: np.asarray(materialize(node), np.float32) for address, node in flat.items()}
     # Under a head, transformers keeps the encoder's tensors below the family's name and the head's beside it.
     prefix = family.prefix if config.head != "none" else ""
-    tensors = {}
-    for address, (name, transposed) in family.names(config).items():
-        array = arrays[address if family.shares else stored_address(model.config, address)]
-        name = name if address.startswith("head/") else prefix + name
-        tensors[name] = array.T if transposed else array
-    return config, tensors
+    names = Names()
+    for address, where in family.names(config).items():
+        names[address] = where if address.startswith("head/") else where._replace(name=prefix + where.name)
+    own = {a: arrays[a if family.shares else stored_address(model.config, a)] for a in names}
+    return config, write_tensors(names, own)
 
 
 def stored_address(config: ModelConfig, address: str) -> str:

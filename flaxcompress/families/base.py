@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from flaxcompress.config import ModelConfig
 
@@ -20,26 +22,78 @@ ACTIVATIONS = {
 HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
 
 
-class Names(dict[str, tuple[str, bool]]):
-    """{address: (tensor name, whether the tensor is stored transposed)}, filled a module at a time."""
+class Stored(NamedTuple):
+    """Where a weight lies in a checkpoint.
+
+    Attributes:
+      name: the tensor's name, without prefix.
+      transposed: stored [m, n], as torch.nn.Linear does.
+      part: (i, n): the i-th of n equal stretches, along the outputs, of a tensor that holds several weights.
+    """
+
+    name: str
+    transposed: bool = False
+    part: tuple[int, int] | None = None
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """The weight as we hold it, kernels [n, m]."""
+        array = tensor.T if self.transposed else tensor
+        if self.part is None:
+            return array
+        index, count = self.part
+        return np.split(array, count, axis=-1)[index]
+
+    def shape(self, own: Sequence[int]) -> tuple[int, ...]:
+        """The tensor's shape, from that of the weight as we hold it."""
+        count = 1 if self.part is None else self.part[1]
+        shape = (*own[:-1], own[-1] * count)
+        return shape[::-1] if self.transposed else shape
+
+
+class Names(dict[str, Stored]):
+    """{address: where it is stored}, filled a module at a time."""
 
     def table(self, address: str, name: str) -> None:
         """An embedding table."""
-        self[address] = (f"{name}.weight", False)
+        self[address] = Stored(f"{name}.weight")
 
     def vector(self, address: str, name: str) -> None:
         """A tensor that no module wraps."""
-        self[address] = (name, False)
+        self[address] = Stored(name)
 
-    def linear(self, address: str, name: str) -> None:
-        """A torch.nn.Linear, which stores its kernel transposed."""
-        self[f"{address}/kernel"] = (f"{name}.weight", True)
-        self[f"{address}/bias"] = (f"{name}.bias", False)
+    def linear(
+        self,
+        address: str,
+        name: str,
+        *,
+        bias: bool = True,
+        transposed: bool = True,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        """A torch.nn.Linear, which stores its kernel transposed, or a part of one that computes several at once."""
+        self[f"{address}/kernel"] = Stored(f"{name}.weight", transposed, part)
+        if bias:
+            self[f"{address}/bias"] = Stored(f"{name}.bias", False, part)
 
-    def norm(self, address: str, name: str) -> None:
-        """A torch.nn.LayerNorm."""
-        self[f"{address}/scale"] = (f"{name}.weight", False)
-        self[f"{address}/bias"] = (f"{name}.bias", False)
+    def norm(self, address: str, name: str, *, bias: bool = True) -> None:
+        """A norm."""
+        self[f"{address}/scale"] = Stored(f"{name}.weight")
+        if bias:
+            self[f"{address}/bias"] = Stored(f"{name}.bias")
+
+
+def write_tensors(names: Names, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{tensor name: array} of a checkpoint from {address: array}, parts of one tensor put together."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    whole: dict[str, Stored] = {}
+    for address, stored in names.items():
+        whole[stored.name] = stored
+        parts.setdefault(stored.name, {})[stored.part[0] if stored.part else 0] = arrays[address]
+    out = {}
+    for name, pieces in parts.items():
+        array = np.concatenate([pieces[i] for i in sorted(pieces)], axis=-1) if len(pieces) > 1 else pieces[0]
+        out[name] = array.T if whole[name].transposed else array
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +104,7 @@ class Family:
       model_type: config.json's `model_type`.
       read_config: Hugging Face config -> ModelConfig; raises ValueError for what the family does not support.
       write_config: ModelConfig -> a stock Hugging Face config.
-      names: ModelConfig -> {address: (tensor name without prefix, whether the tensor is stored transposed)}, one entry
-        per layer; per weight set where `shares`.
+      names: ModelConfig -> {address: where it is stored}, one entry per layer; per weight set where `shares`.
       base: the attribute under which transformers' classes with a head keep the encoder; None for `model_type`.
       shares: whether the stock format stores shared weight sets once.
       renames: (regular expression, replacement) pairs that bring old spellings to the current one.

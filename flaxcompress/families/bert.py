@@ -105,7 +105,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> Names:
-    """{address: (tensor name without prefix, stored transposed)}."""
+    """Where a checkpoint holds every weight."""
     out = encoder_names(config)
     if config.head == "masked_lm":
         out.linear("head/transform", "cls.predictions.transform.dense")

@@ -53,7 +53,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> Names:
-    """{address: (tensor name without prefix, stored transposed)}."""
+    """Where a checkpoint holds every weight."""
     out = Names()
     out.table("embedding/token", "embeddings.word_embeddings")
     out.table("embedding/position", "embeddings.position_embeddings")

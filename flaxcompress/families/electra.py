@@ -34,7 +34,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> Names:
-    """{address: (tensor name without prefix, stored transposed)}."""
+    """Where a checkpoint holds every weight."""
     out = encoder_names(config)
     if config.embedding_width is not None:
         out.linear("embedding/projection", "embeddings_project")

@@ -49,12 +49,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> Names:
-    """{address: (tensor name without prefix, stored transposed)}."""
+    """Where a checkpoint holds every weight."""
     out = Names()
-    for address, (name, transposed) in encoder_names(config).items():
+    for address, stored in encoder_names(config).items():
         for old, new in _SPELLING:
-            name = name.replace(old, new)
-        out[address] = (name, transposed)
+            stored = stored._replace(name=stored.name.replace(old, new))
+        out[address] = stored
     out.table("relative_bias/table", "encoder.relative_attention_bias")
     if config.head == "masked_lm":
         add_head(out)

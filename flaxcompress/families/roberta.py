@@ -33,7 +33,7 @@ def write_config(config: ModelConfig, *, family: str, classes: str) -> dict[str,
 
 
 def names(config: ModelConfig) -> Names:
-    """{address: (tensor name without prefix, stored transposed)}."""
+    """Where a checkpoint holds every weight."""
     out = encoder_names(config)
     if config.head == "masked_lm":
         add_head(out)
