@@ -12,7 +12,10 @@ from flax.core import FrozenDict
 
 PARTS = ("attention", "feed_forward", "norms")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-HEADS = ("none", "masked_lm", "replaced_token")
+NORMS = ("layer", "rms")
+NORM_PLACES = ("post", "pre")
+HEADS = ("none", "masked_lm", "replaced_token", "causal_lm")
+ROTARY_SCALINGS = ("none", "linear", "llama3")
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -104,8 +107,36 @@ class Sharing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021): the base θ of the frequencies, and how they are stretched for longer text.
+
+    Attributes:
+      theta: θ.
+      local_theta: of layers with a window; None for `theta`.
+      scaling: "none", "linear" (all frequencies divided by `factor`) or "llama3" (only the low ones, with a smooth
+        change between).
+      factor, low_frequency_factor, high_frequency_factor, original_positions: of the scaling.
+    """
+
+    theta: float = 10_000.0
+    local_theta: float | None = None
+    scaling: str = "none"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_positions: int = 8192
+
+    def __post_init__(self):
+        if self.scaling not in ROTARY_SCALINGS:
+            raise ValueError(f"rotary: unknown scaling {self.scaling!r}; {closest(self.scaling, ROTARY_SCALINGS)}")
+        for name in ("theta", "factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rotary: {name} must be positive, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A transformer encoder's structure; family-neutral names, dimension letters beside them.
+    """A transformer's structure; family-neutral names, dimension letters beside them.
 
     Attributes:
       embedding_width: E, when the embeddings are narrower (or wider) than the layers: they are normalised in E and then
@@ -118,6 +149,22 @@ class ModelConfig:
         MPNet); 0 for none.
       relative_distance: the distance from which all positions share the last bucket.
       head_activation: inside the head; None for `activation`.
+      key_value_heads: K, heads of keys and values, each read by H/K query heads; None: H.
+      head_width: d; None: D/H.
+      attention_bias, output_bias, feed_forward_bias, norm_bias, head_bias: whether the projections of queries, keys and
+        values, that of the attention's output, the feed-forward maps, the norms, and the head's transform have biases.
+      query_key_norm: an RMS norm over each head's queries and keys (Qwen3).
+      causal: tokens see earlier ones only.
+      windows: per layer, the largest distance at which tokens see each other, 0 for any; None: any in all layers.
+      rotary: rotary positions; None: none.
+      learned_positions: a table of positions is added to the embeddings.
+      embedding_norm: the embeddings are normalised.
+      gated: the feed-forward is down(activation(gate(x)) * up(x)) (Shazeer 2020).
+      norm: "layer" or "rms" (Zhang & Sennrich 2019).
+      norm_place: "post", norm(x + f(x)), or "pre", x + f(norm(x)).
+      first_norm: whether the first layer's attention has a norm before it, where norms come before.
+      final_norm: whether the last layer's output is normalised.
+      tied: whether a language-modelling head reads the token table, or has a kernel of its own.
 
     Raises ValueError on construction when fields contradict each other.
     """
@@ -128,6 +175,8 @@ class ModelConfig:
     embedding_width: int | None = None  # E
     layers: int  # L
     heads: int  # H
+    key_value_heads: int | None = None  # K
+    head_width: int | None = None  # d
     feed_forward_width: int  # F
     positions: int = 512
     position_offset: int = 0
@@ -143,6 +192,23 @@ class ModelConfig:
     pooler: bool = True
     head: str = "none"
     head_activation: str | None = None
+    attention_bias: bool = True
+    output_bias: bool = True
+    feed_forward_bias: bool = True
+    norm_bias: bool = True
+    head_bias: bool = True
+    query_key_norm: bool = False
+    causal: bool = False
+    windows: tuple[int, ...] | None = None
+    rotary: Rotary | None = None
+    learned_positions: bool = True
+    embedding_norm: bool = True
+    gated: bool = False
+    norm: str = "layer"
+    norm_place: str = "post"
+    first_norm: bool = True
+    final_norm: bool = False
+    tied: bool = True
     sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (None: every layer owns its weights)
     formats: tuple[FormatRule, ...] = ()
 
@@ -163,8 +229,25 @@ class ModelConfig:
                 f"config: relative_buckets must be a multiple of 4 with relative_distance above a quarter of it, got "
                 f"{self.relative_buckets} and {self.relative_distance}"
             )
-        if self.width % self.heads:
+        if self.head_width is None and self.width % self.heads:
             raise ValueError(f"config: width {self.width} is not divisible by heads {self.heads}")
+        for name in ("key_value_heads", "head_width"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+        if self.heads % self.groups:
+            raise ValueError(f"config: heads {self.heads} are not divisible by key_value_heads {self.groups}")
+        if self.rotary is not None and self.head_dim % 2:
+            raise ValueError(f"config: rotary positions turn pairs, but a head is {self.head_dim} wide")
+        for name, known in (("norm", NORMS), ("norm_place", NORM_PLACES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"config: unknown {name} {getattr(self, name)!r}; {closest(getattr(self, name), known)}")
+        if self.windows is not None:
+            object.__setattr__(self, "windows", tuple(int(w) for w in self.windows))
+            if len(self.windows) != self.layers or min(self.windows) < 0:
+                raise ValueError(f"config: windows needs {self.layers} distances of 0 or more, got {list(self.windows)}")
+        if not self.first_norm and self.norm_place != "pre":
+            raise ValueError("config: first_norm=False makes sense with norm_place='pre' only")
         for name in (self.activation, self.head_activation or self.activation):
             if name not in ACTIVATIONS:
                 raise ValueError(f"config: unknown activation {name!r}; {closest(name, ACTIVATIONS)}")
@@ -184,9 +267,14 @@ class ModelConfig:
         object.__setattr__(self, "formats", tuple(self.formats))
 
     @property
-    def head_width(self) -> int:
+    def head_dim(self) -> int:
         """d, the width of one attention head."""
-        return self.width // self.heads
+        return self.head_width or self.width // self.heads
+
+    @property
+    def groups(self) -> int:
+        """K, the number of key and value heads."""
+        return self.key_value_heads or self.heads
 
     @property
     def table_width(self) -> int:
@@ -218,6 +306,8 @@ class ModelConfig:
         """A JSON object; `from_json` is its inverse."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["sharing"] = {part: list(getattr(self.sharing, part)) for part in PARTS}
+        out["windows"] = None if self.windows is None else list(self.windows)
+        out["rotary"] = None if self.rotary is None else dataclasses.asdict(self.rotary)
         out["formats"] = [[rule.pattern, _thaw(rule.spec)] for rule in self.formats]
         return out
 
@@ -235,6 +325,9 @@ class ModelConfig:
             if without := [p for p in PARTS if p not in values["sharing"]]:
                 raise ValueError(f"config/sharing: missing {', '.join(without)}")
             values["sharing"] = Sharing(**{p: tuple(values["sharing"][p]) for p in PARTS})
+        if values.get("rotary") is not None:
+            reject_unknown("config/rotary", values["rotary"], (f.name for f in dataclasses.fields(Rotary)))
+            values["rotary"] = Rotary(**values["rotary"])
         rules = values.get("formats", ())
         for rule in rules:
             if not isinstance(rule, (list, tuple)) or len(rule) != 2:
