@@ -103,6 +103,9 @@ class Sharing:
         return max(getattr(self, part)) + 1
 
 
+_SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A transformer encoder's structure; family-neutral names, dimension letters beside them.
@@ -134,6 +137,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+        for field in dataclasses.fields(self):
+            kind, value = _SIMPLE.get(str(field.type)), getattr(self, field.name)
+            if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise ValueError(f"config: {field.name} must be of type {field.type}, got {value!r}")
         if self.segments < 0:
             raise ValueError(f"config: segments must be 0 or more, got {self.segments}")
         if self.width % self.heads:
@@ -203,6 +210,8 @@ class ModelConfig:
                 raise ValueError(f"config/sharing: missing {', '.join(without)}")
             values["sharing"] = Sharing(**{p: tuple(values["sharing"][p]) for p in PARTS})
         rules = values.get("formats", ())
+        if not isinstance(rules, (list, tuple)):
+            raise ValueError(f"config/formats: expected a list of [pattern, format], got {rules!r}")
         for rule in rules:
             if not isinstance(rule, (list, tuple)) or len(rule) != 2:
                 raise ValueError(f"config/formats: a rule is [pattern, format], got {rule!r}")

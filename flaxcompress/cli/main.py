@@ -14,7 +14,7 @@ from flaxcompress.cli.parse import parse
 from flaxcompress.cli.process import ask_for_huge_pages, interruptible, quiet
 
 OK, FAILED, MISTAKE = 0, 1, 2
-_MISTAKES = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_MISTAKES = (ValueError, TypeError, OSError)  # OSError: a missing file, a full disk: what the message says helps
 
 
 def main(argv: Sequence[str] | None = None) -> int:

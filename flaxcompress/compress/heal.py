@@ -59,6 +59,13 @@ class Heal(Step):
         for name in ("batch", "max_length", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Heal: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("cosine", "hidden", "logits", "weights", "scales", "vectors"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Heal: {name} must not be negative, got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"Heal: clip must be positive, got {self.clip}")
+        if not (self.cosine or self.hidden or self.logits):
+            raise ValueError("Heal: cosine, hidden and logits are all 0, so there is nothing to learn")
         if self.steps < 0 or self.warmup < 0:
             raise ValueError(f"Heal: steps and warmup must not be negative, got {self.steps} and {self.warmup}")
 

@@ -32,7 +32,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     if hf.get("is_decoder") or hf.get("add_cross_attention"):
         raise ValueError("config.json: BERT as a decoder is not supported")
     activation = hf.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act {activation!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
     architectures = hf.get("architectures") or []
     if not hf.get("tie_word_embeddings", True) and any(a in _MASKED_LM for a in architectures):
