@@ -145,6 +145,8 @@ def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) ->
         if shape != implied:
             raise ValueError(f"{folder}: {theirs} has shape {list(shape)}, config.json implies {list(implied)}")
         array = tensors[stored[theirs]]
+        if array.dtype.kind in "iub":
+            raise ValueError(f"{folder}: {theirs} holds {array.dtype}, not floating-point weights")
         flat[address] = np.asarray(array.T if transposed else array, np.float32)
     return config, flat
 

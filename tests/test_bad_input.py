@@ -499,7 +499,7 @@ def fake_vectors(params, ids, mask, *rest):
 
 @pytest.mark.parametrize(
     "text, tokens",
-    [("", 2), (" \t\n ", 2), ("x" * 100_000, 3), ("the cat " * 12_500, 16), ("\x00\ufffd", 2), ("the\udcff"[:3], 3)],
+    [("", 2), (" \t\n ", 2), ("x" * 100_000, 3), ("the cat " * 12_500, 16), ("\x00\ufffd", 2), ("the", 3)],
     ids=["empty", "whitespace", "long-word", "long-line", "controls", "plain"],
 )
 def test_odd_texts_are_encoded(text, tokens, monkeypatch):
