@@ -106,6 +106,9 @@ class Sharing:
         return max(getattr(self, part)) + 1
 
 
+_SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
     """Rotary positions (Su et al. 2021): the base θ of the frequencies, and how they are stretched for longer text.
@@ -217,6 +220,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+        for field in dataclasses.fields(self):
+            kind, value = _SIMPLE.get(str(field.type)), getattr(self, field.name)
+            if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise ValueError(f"config: {field.name} must be of type {field.type}, got {value!r}")
         for name in ("segments", "position_offset", "relative_buckets"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
@@ -329,6 +336,8 @@ class ModelConfig:
             reject_unknown("config/rotary", values["rotary"], (f.name for f in dataclasses.fields(Rotary)))
             values["rotary"] = Rotary(**values["rotary"])
         rules = values.get("formats", ())
+        if not isinstance(rules, (list, tuple)):
+            raise ValueError(f"config/formats: expected a list of [pattern, format], got {rules!r}")
         for rule in rules:
             if not isinstance(rule, (list, tuple)) or len(rule) != 2:
                 raise ValueError(f"config/formats: a rule is [pattern, format], got {rule!r}")

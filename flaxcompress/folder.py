@@ -95,7 +95,7 @@ def load(name: str | Path, *, head: str | None = None) -> Model:
     model_type = hf.get("model_type")
     if model_type == MODEL_TYPE:
         return _load_own(folder, hf)
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = closest(str(model_type), [*FAMILIES, MODEL_TYPE])
         raise ValueError(f"{config_path}: model_type {model_type!r} is not supported; {known}")
     if head == "none":
@@ -113,7 +113,7 @@ def _source_name(name: str | Path, hf: Mapping[str, Any]) -> str:
     if str(name) == "minilm":
         return "sentence-transformers/all-MiniLM-L6-v2"
     text = str(name)
-    return text if "/" in text and not Path(text).exists() else str(hf.get("_name_or_path") or Path(text).name)
+    return text if "/" in text and not Path(text).exists() else Path(text).absolute().name
 
 
 def _device(params: Any) -> Any:
@@ -134,7 +134,7 @@ def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) ->
     needed = {where.name for where in wanted.values()}
     missing = [name for name in dict.fromkeys(where.name for where in wanted.values()) if name not in stored]
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing: {_some(missing)}")
+        raise ValueError(f"{folder}: {_count(missing)} missing: {_some(missing)}; is the file complete?")
     rest = [n for n in stored if n not in needed and not any(re.fullmatch(p, n) for p in family.ignored)]
     heads = [n for n in rest if n.startswith(family.head_prefixes)]
     if extra := sorted(set(rest) - set(heads)):
@@ -146,14 +146,18 @@ def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) ->
     shapes = abstract_flat(config)
     flat = {}
     for address, where in wanted.items():
-        shape = where.shape(shapes[address].shape)
-        if tensors.shape(stored[where.name]) != shape:
-            raise ValueError(
-                f"{folder}: {where.name} has shape {list(tensors.shape(stored[where.name]))}, config.json implies "
-                f"{list(shape)}"
-            )
-        flat[address] = np.asarray(where.read(tensors[stored[where.name]]), np.float32)
+        shape, implied = tensors.shape(stored[where.name]), where.shape(shapes[address].shape)
+        if shape != implied:
+            raise ValueError(f"{folder}: {where.name} has shape {list(shape)}, config.json implies {list(implied)}")
+        array = tensors[stored[where.name]]
+        if array.dtype.kind in "iub":
+            raise ValueError(f"{folder}: {where.name} holds {array.dtype}, not floating-point weights")
+        flat[address] = np.asarray(where.read(array), np.float32)
     return config, flat
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def _some(names: Sequence[str], count: int = 4) -> str:
@@ -190,6 +194,8 @@ def _load_own(folder: Path, hf: Mapping[str, Any]) -> Model:
 
     flat = {address: from_tensors(node, address, get) for address, node in abstract.items()}
     source = hf.get("flaxcompress_source", {})
+    if not isinstance(source, dict):
+        raise ValueError(f"{folder / 'config.json'}: flaxcompress_source must be an object, got {source!r}")
     assets = dataclasses.replace(
         read_assets(folder, positions=config.positions, source=source.get("name", folder.name)),
         licence=source.get("licence", ""),

@@ -203,13 +203,23 @@ def _json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
+def _object(path: Path) -> dict[str, Any]:
+    content = _json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
 def read_pooling(folder: Path) -> Pooling | None:
     """sentence-transformers' modules.json and the pooling folder it names; None when there is no modules.json."""
     modules = folder / "modules.json"
     if not modules.is_file():
         return None
     mode, normalize = "mean", False
-    for module in _json(modules):
+    listed = _json(modules)
+    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
+        raise ValueError(f"{modules}: expected a list of objects, one for each module")
+    for module in listed:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Transformer":
             continue
@@ -226,7 +236,7 @@ def read_pooling(folder: Path) -> Pooling | None:
 
 
 def _pooling_mode(path: Path) -> str:
-    options = _json(path)
+    options = _object(path)
     if isinstance(options.get("pooling_mode"), str):
         chosen = [options["pooling_mode"]]
     else:
@@ -246,7 +256,10 @@ def read_assets(folder: Path, *, positions: int, source: str) -> Assets:
     limit = positions
     sentence_config = folder / "sentence_bert_config.json"
     if sentence_config.is_file():
-        limit = min(int(_json(sentence_config).get("max_seq_length") or positions), positions)
+        given = _object(sentence_config).get("max_seq_length")
+        if given is not None and (not isinstance(given, int) or given < 1):
+            raise ValueError(f"{sentence_config}: max_seq_length must be a positive integer, got {given!r}")
+        limit = min(given or positions, positions)
     return Assets(files=files, pooling=read_pooling(folder), max_length=limit, source=source, licence=_licence(folder))
 
 

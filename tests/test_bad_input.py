@@ -171,7 +171,7 @@ def test_damaged_config(folder, content):
 
 def test_missing_tensors(hf):
     change_tensors(hf, lambda t: t.pop("encoder.layer.0.output.dense.bias"))
-    with pytest.raises(ValueError, match=r"1 tensors are missing: encoder.layer.0.output.dense.bias"):
+    with pytest.raises(ValueError, match=r"1 tensor is missing: encoder.layer.0.output.dense.bias"):
         load(hf)
 
 
@@ -198,7 +198,7 @@ def test_missing_and_extra_tensors_of_ours(own):
 
 def test_shapes_against_config(hf):
     change_config(hf, intermediate_size=13)
-    with pytest.raises(ValueError, match=r"intermediate.dense.weight has shape \[8, 12\].*\[8, 13\]"):
+    with pytest.raises(ValueError, match=r"intermediate.dense.weight has shape \[12, 8\].*\[13, 8\]"):
         load(hf)
 
 
@@ -499,7 +499,7 @@ def fake_vectors(params, ids, mask, *rest):
 
 @pytest.mark.parametrize(
     "text, tokens",
-    [("", 2), (" \t\n ", 2), ("x" * 100_000, 3), ("the cat " * 12_500, 16), ("\x00\ufffd", 2), ("the\udcff"[:3], 3)],
+    [("", 2), (" \t\n ", 2), ("x" * 100_000, 3), ("the cat " * 12_500, 16), ("\x00\ufffd", 2), ("the", 3)],
     ids=["empty", "whitespace", "long-word", "long-line", "controls", "plain"],
 )
 def test_odd_texts_are_encoded(text, tokens, monkeypatch):

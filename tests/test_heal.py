@@ -156,6 +156,23 @@ def test_steps_that_are_not_finite_are_left_out_and_many_are_an_error():
         train(params, loss, {}, lambda step: np.float32(np.nan), optimizer=optax.sgd(0.1), steps=40)
 
 
+def test_gradients_that_are_not_finite_count_too():
+    def loss(p, constants, batch):  # finite at 0, its derivative is not
+        del constants, batch
+        return jnp.sqrt(p["w"]).sum()
+
+    with pytest.raises(FloatingPointError, match="20 steps running"):
+        train({"w": jnp.zeros(2)}, loss, {}, lambda step: step, optimizer=optax.sgd(0.1), steps=40)
+
+
+def test_a_folder_that_holds_something_else_is_not_emptied(setting, tmp_path):
+    original, _, _, text = setting
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not a work folder"):
+        fc.compress(original, fc.Recipe([fc.Quantize(bits=8)]), calibration=text, key=jax.random.key(0), work=tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
 RECIPE = """
 steps:
   - FactorizeEmbedding: {average_bits: 3.0, max_tiers: 2}

@@ -10,6 +10,7 @@ from tiny_models import make_model, make_sentences, words
 import flaxcompress as fc
 from flaxcompress.compress import recipe_names
 from flaxcompress.compress.allocate import parse_target
+from flaxcompress.compress.run import file_bytes
 
 WORDS = words(400)
 
@@ -69,13 +70,19 @@ def test_a_target_is_met_and_never_passed(model, sentences, target):
     recipe = fc.Recipe.load("balanced").with_heal_steps(0).with_target(target, model)
     small, _ = fc.compress(model, recipe, calibration=sentences, key=jax.random.key(0))
     allowed = parse_target(target, model.nbytes)
-    assert 0.5 * allowed < small.nbytes <= allowed
+    assert 0.5 * allowed < file_bytes(small) <= allowed
 
 
 @pytest.mark.parametrize("target", ["", "x", "8", "0x", "-2x", "10 miles", "1x", "900MB"])
 def test_targets_that_make_no_sense_are_refused(model, target):
     with pytest.raises(ValueError, match="target"):
         fc.Recipe.load("balanced").with_target(target, model)
+
+
+def test_a_target_refuses_a_recipe_whose_steps_it_would_drop(model):
+    recipe = fc.Recipe([fc.LowRank(r".*/kernel", keep=0.5)])
+    with pytest.raises(ValueError, match="cannot fit a recipe with LowRank"):
+        recipe.with_target("4x", model)
 
 
 def test_an_unreachable_target_names_the_smallest(model):

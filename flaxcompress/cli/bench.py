@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import Positional, arg
 
@@ -18,6 +18,7 @@ class Bench(Verb):
     For example: flaxcompress bench minilm small --against torch --batch 8
     """
 
+    keeps_memory: ClassVar = True
     models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL…", help=MODEL, help_behavior_hint="(required)")]
     against: Annotated[str, arg(metavar="NAMES", help="runtimes, separated by commas; known: torch")] = "torch"
     batch: Annotated[int, arg(metavar="N", help="sentences in a batch")] = 32

@@ -24,6 +24,7 @@ class Verb:
 
     resumes: ClassVar[bool] = False  # the same command, given again, goes on where it was interrupted
     wants_huge_pages: ClassVar[bool] = False
+    keeps_memory: ClassVar[bool] = False
     debug: Debug
 
     def check(self) -> None:

@@ -57,6 +57,8 @@ class Compress(Verb):
         from flaxcompress.compress.run import compress
         from flaxcompress.folder import load, save
 
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"compress: --seed must lie in 0 … {2**32 - 1}, got {self.seed}")
         out = absolute(self.out)
         storage.check_output(out, overwrite=self.overwrite)
         _check_data(self.data)

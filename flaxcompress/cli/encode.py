@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import Positional, arg
 
@@ -23,6 +23,7 @@ class Encode(Verb):
     For example: echo "A sentence." | flaxcompress encode minilm --out vectors.npy
     """
 
+    keeps_memory: ClassVar = True
     model: ModelName
     file: Annotated[
         str | None,

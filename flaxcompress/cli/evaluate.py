@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
@@ -22,6 +22,7 @@ class Evaluate(Verb):
     For example: flaxcompress evaluate small --task fidelity --reference minilm
     """
 
+    keeps_memory: ClassVar = True
     model: ModelName
     task: Annotated[str, arg(metavar="fidelity|sts", help="what to measure")]
     data: Annotated[str | None, arg(metavar="PATH", help="the file to measure on", help_behavior_hint="")] = None

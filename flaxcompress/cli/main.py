@@ -11,10 +11,10 @@ from typing import Any
 
 from flaxcompress.cli.command import PROGRAM, Failure
 from flaxcompress.cli.parse import parse
-from flaxcompress.cli.process import ask_for_huge_pages, interruptible, quiet
+from flaxcompress.cli.process import ask_for_huge_pages, interruptible, keep_freed_memory, quiet
 
 OK, FAILED, MISTAKE = 0, 1, 2
-_MISTAKES = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_MISTAKES = (ValueError, TypeError, OSError)  # OSError: a missing file, a full disk: what the message says helps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _say(str(error))
         return MISTAKE
+    if argv is None and verb.keeps_memory:
+        keep_freed_memory()
     if argv is None and verb.wants_huge_pages:
         ask_for_huge_pages()
     with quiet(verb.debug), interruptible():

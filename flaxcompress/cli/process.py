@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 from flaxcompress.cli.command import PROGRAM
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _NOISY = ("jax", "absl", "orbax", "transformers", "sentence_transformers", "huggingface_hub", "matplotlib")
 
 
@@ -30,6 +32,17 @@ def ask_for_huge_pages() -> None:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def keep_freed_memory() -> None:
+    """Keeps memory that programs free for their next call, where glibc would hand it back to Linux each time.
+
+    A forward pass of 32×128 tokens maps and faults in 370 MB again on every call otherwise, a fifth of its time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @contextlib.contextmanager

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from flaxcompress.compress.factorize_embedding import TOKEN, FactorizeEmbedding
-from flaxcompress.compress.quantize import BitsFor, Quantize
+from flaxcompress.compress.quantize import Quantize
 from flaxcompress.compress.step import Step
 from flaxcompress.compress.trim import Trim
-from flaxcompress.formats import nbytes
+from flaxcompress.formats import QuantizedSpec, nbytes, to_tensors
 from flaxcompress.model import Model, abstract_flat
 
 _KERNELS = r"layers/\d+/.*/kernel"
-_ATTENTION = r"layers/\d+/attention/.*/kernel"
 _GROUP = 64
-# (bits of attention, bits of feed-forward, least average bits of the table that go with them), finest first. The table
-# bits are where measured sentence vectors lose about as much by the table as by the kernels.
-_LADDER = ((8, 8, 5.0), (4, 4, 1.9), (4, 3, 1.6), (3, 3, 1.5), (3, 2, 1.2), (2, 2, 0.5))
+# (average bits of the layers' kernels, what each may get, least average bits of the table that go with them), finest
+# first. The table bits are where measured sentence vectors lose about as much by the table as by the kernels.
+_LADDER = (
+    (8.0, (8,), 5.0),
+    (4.0, (3, 4, 8), 1.9),
+    (3.33, (2, 3, 4), 1.6),
+    (3.0, (2, 3, 4), 1.5),
+    (2.333, (2, 3, 4), 1.2),
+    (2.06, (2, 3, 4), 0.5),
+)
 
 
 def parse_target(target: str, size: int) -> int:
@@ -43,21 +51,21 @@ def steps_for_target(model: Model, target_bytes: int) -> list[Step]:
     """
     trim = Trim(positions="limit", pooler="unused", dtype="float16")
     config = trim.resolve(model).plan(model.config)
-    overhead = 40_000 if model.nbytes > 4_000_000 else 0  # the file's header, with a checksum per tensor
     smallest = 0
-    for attention, feed_forward, least in _LADDER:
-        group = None if attention == 8 else _GROUP
-        overrides = () if attention == feed_forward else (BitsFor(pattern=_ATTENTION, bits=attention, group=group),)
-        quantize = Quantize(bits=feed_forward, group=group, pattern=_KERNELS, overrides=overrides)
+    for average, choices, least in _LADDER:
+        if average == 8:
+            quantize = Quantize(bits=8, pattern=_KERNELS)
+        else:
+            quantize = Quantize(average_bits=average, choices=choices, group=_GROUP, pattern=_KERNELS)
         flat = abstract_flat(quantize.plan(config))
         table = flat[TOKEN].shape
         values = table[0] * table[1]
-        rest = sum(nbytes(node) for address, node in flat.items() if address != TOKEN) + overhead
+        rest = sum(nbytes(node) for address, node in flat.items() if address != TOKEN) + _header(flat)
         share = 8 * (target_bytes - rest) / values
         smallest = rest + int(values * least / 8)
         if share < least:
             continue
-        if share >= 8.1 and attention == 8:
+        if average == 8 and target_bytes - rest >= table[0] * QuantizedSpec(bits=8).row_bytes(table[1]):
             return [trim, Quantize(bits=8, pattern=rf"{_KERNELS}|{re.escape(TOKEN)}", rounding="mse")]
         budget = min(target_bytes - rest, int(values * 7.5 / 8))
         return [trim, FactorizeEmbedding(target_bytes=budget, weighting="fisher"), quantize]
@@ -65,3 +73,9 @@ def steps_for_target(model: Model, target_bytes: int) -> list[Step]:
         f"target of {target_bytes / 1e6:.2f} MB cannot be reached; the smallest that these methods reach is "
         f"{smallest / 1e6:.2f} MB"
     )
+
+
+def _header(flat: Mapping[str, Any]) -> int:
+    """At most the bytes of the file's header: names, shapes and checksums, and room for the table's tiers."""
+    names = [name for address, node in flat.items() for name in to_tensors(node, address)]
+    return sum(2 * len(name) + 110 for name in names) + 5000

@@ -30,14 +30,14 @@ class Calibration:
 
     Attributes:
       text: the sentences, a calibration part and a held-out part.
-      rows: token ids of the calibration sentences, cut at `max_length` tokens.
+      rows: token ids of the calibration sentences, cut to `max_length` tokens.
     """
 
     def __init__(self, text: CalibrationText, assets: Assets, *, vocabulary: int, max_length: int = 64):
         self.text = text
         self.vocabulary = vocabulary
         limit = min(max_length, assets.max_length)
-        self.rows = [row[:limit] for row in assets.tokenize(text.train).ids]
+        self.rows = [cut(row, limit) for row in assets.tokenize(text.train).ids]
         self._statistics: dict[str, tuple[Any, Any]] = {}
 
     @functools.cached_property
@@ -81,6 +81,11 @@ class Calibration:
         if held is None or held[0] is not model.params:  # another model: its inputs differ, so measure again
             self._statistics[name] = held = (model.params, compute())
         return held[1]
+
+
+def cut(row: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` tokens: the first ones, and the last, which closes a text ([SEP])."""
+    return list(row) if len(row) <= limit else [*row[: limit - 1], row[-1]]
 
 
 def make_batches(rows: Sequence[Sequence[int]], *, size: int, pad: int) -> list[Batch]:

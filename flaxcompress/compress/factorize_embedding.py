@@ -41,6 +41,7 @@ from flaxcompress.formats import (
     materialize,
 )
 from flaxcompress.formats.banded import Bands
+from flaxcompress.formats.bucketed import MAX_TIERS
 from flaxcompress.model import Model, replace_matrices
 from flaxcompress.text import Assets, vocabulary_lines
 
@@ -86,6 +87,8 @@ class FactorizeEmbedding(Step):
         given = [n for n in _SIZES if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(f"FactorizeEmbedding: give one of {', '.join(_SIZES)}; got {', '.join(given) or 'none'}")
+        if not 1 <= self.max_tiers <= MAX_TIERS:
+            raise ValueError(f"FactorizeEmbedding: max_tiers {self.max_tiers} is not in 1 … {MAX_TIERS}")
         if not 0 < self.power <= 2:
             raise ValueError(f"FactorizeEmbedding: power {self.power} must lie in (0, 2]")
 

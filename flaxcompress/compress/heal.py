@@ -36,6 +36,7 @@ class Heal(Step):
         the teacher's norm (mean over layers), and KL of masked-LM logits where both models have the head.
       weights, scales, vectors: learning rates (see `Rates`).
       warmup: steps of linear warm-up before the cosine decay.
+      weight_decay: of matrices, relative to their size like their rate (decoupled, as in AdamW).
       clip: largest global norm of the gradient.
       save_every: steps between checkpoints.
     """
@@ -52,6 +53,7 @@ class Heal(Step):
     scales: float = 3e-3
     vectors: float = 3e-4
     warmup: int = 20
+    weight_decay: float = 0.0
     clip: float = 1.0
     save_every: int = 100
 
@@ -59,6 +61,13 @@ class Heal(Step):
         for name in ("batch", "max_length", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Heal: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("cosine", "hidden", "logits", "weights", "scales", "vectors", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Heal: {name} must not be negative, got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"Heal: clip must be positive, got {self.clip}")
+        if not (self.cosine or self.hidden or self.logits):
+            raise ValueError("Heal: cosine, hidden and logits are all 0, so there is nothing to learn")
         if self.steps < 0 or self.warmup < 0:
             raise ValueError(f"Heal: steps and warmup must not be negative, got {self.steps} and {self.warmup}")
 
@@ -87,6 +96,7 @@ class Heal(Step):
             steps=self.steps,
             warmup=self.warmup,
             clip=self.clip,
+            weight_decay=self.weight_decay,
         )
         loss = functools.partial(
             distillation_loss,

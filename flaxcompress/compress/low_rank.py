@@ -74,7 +74,7 @@ class LowRank(Step):
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_moments"})
 
-    pattern: str
+    pattern: str = dataclasses.field(kw_only=False)
     rank: int | None = None
     keep: float | None = None
     whitening: Whitening = "activation"

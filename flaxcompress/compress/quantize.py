@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from flaxcompress import tree
 from flaxcompress.compress.rounding import gptq, round_rows
-from flaxcompress.compress.sensitivity import choose_bits, kernel_sensitivities, spec_bytes
+from flaxcompress.compress.sensitivity import choose_bits, kernel_sensitivities, spec_bytes, spend
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.walk import LayerWalk
 from flaxcompress.config import ModelConfig
@@ -50,7 +51,7 @@ def compress_matrix(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitsFor:
-    """Other bits (and group) for the matrices that `pattern` matches in full."""
+    """Other bits for the matrices that `pattern` matches in full, and their group: None is the whole row."""
 
     pattern: str
     bits: int
@@ -98,6 +99,10 @@ class Quantize(Step):
     def __post_init__(self):
         for bits, group in [(self.bits, self.group), *((o.bits, o.group) for o in self.overrides)]:
             QuantizedSpec(bits=bits, group=group, scale_dtype=self.scale_dtype)  # its own checks
+        if not self.choices:
+            raise ValueError("Quantize: choices is empty; give at least one number of bits")
+        if self.sentences < 1:
+            raise ValueError(f"Quantize: sentences must be at least 1, got {self.sentences}")
         for bits in self.choices:
             QuantizedSpec(bits=bits, group=self.group)
         if self.average_bits is not None and not min(self.choices) <= self.average_bits <= max(self.choices):
@@ -133,11 +138,10 @@ class Quantize(Step):
     def plan(self, config: ModelConfig) -> ModelConfig:
         flat = abstract_flat(config)
         if self.average_bits is not None:
-            # Any choice that spends the budget has the planned size; which kernels get more is known only from data.
+            # Which kernels get more is known only from data; the plan is a choice that is at least as large as any.
             mixed = self._mixed(self._addresses(flat))
             sizes, budget = self._choice_sizes(flat, mixed)
-            alike = {a: {b: 1.0 / b for b in self.choices} for a in mixed}
-            return self._with_bits(choose_bits(alike, sizes, budget)).plan(config)
+            return self._with_bits(spend(sizes, budget)).plan(config)
         for address in self._addresses(flat):
             new = _quantize_spec(spec_of(flat[address]).to_json(), self.spec_for(address).to_json())
             config = config.with_format(address, new)

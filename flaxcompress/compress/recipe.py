@@ -17,6 +17,8 @@ from flaxcompress.config import closest, reject_unknown
 from flaxcompress.formats import nbytes
 from flaxcompress.model import Model, abstract_flat
 
+_SIZED = ("Trim", "FactorizeEmbedding", "Quantize", "Heal")  # steps that a target may replace, and healing
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -72,7 +74,7 @@ class Recipe:
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
-        """A recipe that ships (light, balanced, small, tiny) or a YAML file.
+        """A recipe that ships (see `recipe_names`) or a YAML file.
 
         Raises ValueError for unknown names, steps, keys and values, FileNotFoundError for a missing file.
         """
@@ -85,7 +87,11 @@ class Recipe:
             raise ValueError(f"recipe: no recipe {text!r} and not a .yaml file; {closest(text, recipe_names())}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such recipe file")
-        return cls.from_yaml(path.read_text("utf-8"), where=str(path))
+        try:
+            content = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        return cls.from_yaml(content, where=str(path))
 
     @classmethod
     def from_yaml(cls, text: str, *, where: str = "recipe") -> Recipe:
@@ -102,6 +108,8 @@ class Recipe:
         if not isinstance(data, dict) or not isinstance(data.get("steps"), list):
             raise ValueError(f"{where}: expected an object with a list of 'steps'")
         reject_unknown(where, data, ("description", "steps"))
+        if not data["steps"]:
+            raise ValueError(f"{where}: has no steps")
         steps = [step_from_json(s, f"{where}/steps/{i}") for i, s in enumerate(data["steps"])]
         return cls(steps, str(data.get("description", "")))
 
@@ -124,8 +132,17 @@ class Recipe:
         return Plan(model.nbytes, tuple(done))
 
     def with_target(self, target: str, model: Model) -> Recipe:
-        """A recipe of the same kind whose bits and table fit `target`: "8x" or "10MB". Healing settings are kept."""
+        """A recipe of the same kind whose bits and table fit `target`: "8x" or "10MB". Healing settings are kept.
+
+        Raises ValueError for a recipe with a step whose size cannot be chosen so.
+        """
         size = parse_target(target, model.nbytes)
+        other = [s.name for s in self.steps if s.name not in _SIZED]
+        if other:
+            raise ValueError(
+                f"target {target!r}: chooses the bits of kernels and table, and cannot fit a recipe with {other[0]}; "
+                "leave the target or the step out"
+            )
         heal = [s for s in self.steps if isinstance(s, Heal)]
         return Recipe([*steps_for_target(model, size), *heal], f"{target}, chosen by size")
 

@@ -59,11 +59,16 @@ def compress(
     if recipe.needs:
         context.calibration = Calibration(text, model.assets, vocabulary=model.config.vocabulary)
     small, done, earlier = model, [], 0.0
-    for number, step in enumerate(recipe.steps):
-        begin = time.perf_counter()
-        small, entry = _run_step(number, step, small, context, jax.random.fold_in(key, number), recipe)
-        done.append(entry)
-        earlier += max(0.0, entry["seconds"] - (time.perf_counter() - begin))  # steps that an earlier run did
+    try:
+        for number, step in enumerate(recipe.steps):
+            begin = time.perf_counter()
+            small, entry = _run_step(number, step, small, context, jax.random.fold_in(key, number), recipe)
+            done.append(entry)
+            earlier += max(0.0, entry["seconds"] - (time.perf_counter() - begin))  # steps that an earlier run did
+    except ValueError:  # a mistake before anything was finished leaves nothing behind
+        if folder is not None and [p.name for p in folder.iterdir()] == ["run.json"]:
+            shutil.rmtree(folder)
+        raise
     held_out = list(text.held_out)
     vectors, reference = (m.encode(held_out, progress=progress) for m in (small, model))
     length = min(128, small.config.positions)
@@ -120,7 +125,7 @@ def _run_step(number, step, model: Model, context: Context, key, recipe: Recipe)
 
 
 def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText, key) -> Path | None:
-    """The work folder, emptied when it belongs to another run."""
+    """The work folder, emptied of another run's state. Raises ValueError for a folder that holds something else."""
     if work is None:
         return None
     folder = Path(work)
@@ -141,7 +146,13 @@ def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText, key)
             if storage.read_json(mark) == json.loads(json.dumps(identity)):
                 return folder
         log.warning("%s belongs to another run; starting afresh", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    mark.write_text(json.dumps(identity), "utf-8")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is not empty, and not a work folder of an earlier run; name another")
+    for old in (mark, *folder.glob("step-*"), folder / "heal"):  # nothing else: a caller's own files stay
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(identity), "utf-8")
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return folder

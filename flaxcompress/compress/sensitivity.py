@@ -113,6 +113,19 @@ def choose_bits(
         fitting[address] = bits
 
 
+def spend(sizes: Mapping[str, Mapping[int, int]], budget: int) -> dict[str, int]:
+    """Bits per matrix that take `budget` bytes or just more: raised one after the other until they do, or all are."""
+    chosen = {a: min(sizes[a], key=lambda b, a=a: sizes[a][b]) for a in sizes}
+    total = sum(sizes[a][b] for a, b in chosen.items())
+    for address, choices in sizes.items():
+        for bits in sorted(choices, key=lambda b, a=address: sizes[a][b]):
+            if total >= budget:
+                return chosen
+            total += sizes[address][bits] - sizes[address][chosen[address]]
+            chosen[address] = bits
+    return chosen
+
+
 def spec_bytes(shape: tuple[int, int], spec: QuantizedSpec) -> int:
     """Bytes of a kernel [n, m] in a quantized format."""
     zeros: Any = lambda key, size, dtype: jnp.zeros(size, dtype)  # noqa: E731

@@ -136,6 +136,10 @@ def _build(cls: Any, settings: Any, where: str) -> Any:
     return cls(**values)
 
 
+def _is_name(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Checks a YAML value against a type hint; whole floats become ints, lists become tuples, objects dataclasses."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -150,7 +154,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 return _convert(value, option, where)
             except ValueError as error:
                 errors.append(str(error))
-        raise ValueError(errors[0])
+        text = [
+            e for option, e in zip([o for o in args if o is not type(None)], errors, strict=True) if _is_name(option)
+        ]
+        raise ValueError(text[0] if text and isinstance(value, str) else errors[0])
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where}: expected a list, got {value!r}")
@@ -165,4 +172,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    hint_name = getattr(hint, "__name__", str(hint))
+    written = f"; write it as {float(value)!r}" if hint is float and _reads_as_float(value) else ""
+    raise ValueError(f"{where}: expected {hint_name}, got {value!r}{written}")
+
+
+def _reads_as_float(value: Any) -> bool:
+    """YAML takes 1e-3 for a string."""
+    try:
+        return isinstance(value, str) and bool(float(value) or True)
+    except ValueError:
+        return False

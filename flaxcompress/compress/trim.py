@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -43,6 +43,8 @@ class Trim(Step):
             if not 1 <= self.positions <= config.positions:
                 raise ValueError(f"Trim: positions {self.positions} is not in 1 … {config.positions}")
             config = config.replace(positions=self.positions)
+            if config.format_rule("embedding/position") is not None:  # the rows that are kept become dense
+                config = config.with_format("embedding/position", {"kind": "dense", "dtype": self.dtype or "float32"})
         if self.pooler == "drop":
             config = config.replace(pooler=False)
         if self.dtype is not None:

@@ -145,7 +145,7 @@ def required(hf: Mapping[str, Any], family: str, names: Iterable[str]) -> None:
 def activation(hf: Mapping[str, Any], key: str, default: str = "gelu") -> str:
     """Our name of the activation that a config names. Raises ValueError for one that does not exist here."""
     name = hf.get(key, default)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"config.json: {key} {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 

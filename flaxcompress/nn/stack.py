@@ -68,16 +68,6 @@ def layer_sets(config: ModelConfig, layer: int) -> tuple[int, int, int]:
     return attention, feed_forward, norms
 
 
-def layer_params(config: ModelConfig, layers: dict[str, Any], layer: int) -> dict[str, Any]:
-    """The parameters of one layer, taken out of the stacked tree."""
-    params = {}
-    for part in PARTS:
-        number = getattr(config.sharing, part)[layer]
-        first = max(int(name) for name in layers[part] if int(name) <= number)
-        params[part] = jax.tree.map(lambda leaf, i=number - first: leaf[i], layers[part][tree.run_name(first)])
-    return params
-
-
 def init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """The stacked parameters of all weight sets, `params["layers"]`."""
     x = jnp.zeros((1, 1, config.width))

@@ -17,7 +17,9 @@ class Checkpoints:
     def __init__(self, folder: Path):
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # its threads log whole tracebacks of errors that reach us anyway
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
             Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)

@@ -52,7 +52,7 @@ def _train_step(loss_function, optimizer, trainable, state, frozen, constants, b
     # conditional copies the whole state instead and doubles the time of a step (measured on CPU).
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-    return keep(optax.apply_updates(trainable, updates), trainable), keep(new_state, state), value
+    return keep(optax.apply_updates(trainable, updates), trainable), keep(new_state, state), value, finite
 
 
 def train(
@@ -79,7 +79,7 @@ def train(
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
-      FloatingPointError: the loss was not finite in 20 steps running.
+      FloatingPointError: the loss or its gradient was not finite in 20 steps running.
     """
     trainable, frozen = partition(jax.tree.map(jnp.copy, params))
     state, losses = optimizer.init(trainable), np.zeros(steps, np.float32)
@@ -99,14 +99,16 @@ def train(
         skipped = 0
         smooth: float | None = None
         for step in range(first, steps):
-            trainable, state, value = _train_step(
+            trainable, state, value, finite = _train_step(
                 loss_function, optimizer, trainable, state, frozen, constants, batches(step)
             )
             losses[step] = loss = float(value)
             on_loss(step, loss)
-            skipped = 0 if np.isfinite(loss) else skipped + 1
+            skipped = 0 if finite else skipped + 1
             if skipped >= _MAX_SKIPPED:
-                raise FloatingPointError(f"{label}: the loss was not finite in {skipped} steps running, at {step + 1}")
+                raise FloatingPointError(
+                    f"{label}: loss or gradient was not finite in {skipped} steps running, at {step + 1}"
+                )
             if np.isfinite(loss):
                 smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
             advance(1, f"loss {smooth:.4f}" if smooth is not None else "")
