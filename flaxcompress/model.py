@@ -16,7 +16,7 @@ from flaxcompress import tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import compute_dtype, encode_stream
 from flaxcompress.formats import nbytes, spec_of, stored_values
-from flaxcompress.nn import Transformer
+from flaxcompress.nn import Cache, Transformer, init_cache, is_ring
 from flaxcompress.text import Assets
 
 
@@ -30,7 +30,7 @@ class ModelOutput:
       logits: [B, T, V] of the masked-LM head.
       hidden_states: L + 1 tensors [B, T, D], embeddings first.
       attentions: L tensors [B, H, T, T].
-      cache: key/value cache; None for encoders.
+      cache: keys and values for later tokens, where a cache was given; None otherwise.
     """
 
     last_hidden_state: Any
@@ -60,17 +60,21 @@ class Model:
         attention_mask: Any = None,
         segment_ids: Any = None,
         *,
+        cache: Cache | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Runs the network on token ids [B, T]; `attention_mask` [B, T] is 1 where a token is real.
 
-        Compiled once per shape. Raises ValueError for ids outside the vocabulary, for more tokens than positions, and
-        for masks and segments of another shape.
+        Compiled once per shape. With a `cache` (see `new_cache`), the tokens follow those that it holds, and the mask
+        is for them alone. Raises ValueError for ids outside the vocabulary, for more tokens than positions or than the
+        cache has room for, and for masks and segments of another shape.
         """
         ids, mask, segments = check_inputs(self.config, input_ids, attention_mask, segment_ids)
+        if cache is not None:
+            check_cache(self.config, cache, ids)
         out = _forward(
-            self.params, ids, mask, segments, self.config, compute_dtype(), output_hidden_states, output_attentions
+            self.params, ids, mask, segments, cache, self.config, compute_dtype(), output_hidden_states, output_attentions
         )
         split = lambda x: None if x is None else tuple(x)  # noqa: E731
         return ModelOutput(
@@ -79,7 +83,21 @@ class Model:
             logits=out.logits,
             hidden_states=split(out.hidden_states),
             attentions=split(out.attentions),
+            cache=out.cache,
         )
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty key/value cache for `batch` sequences of `length` tokens, in the compute dtype.
+
+        Raises ValueError for a model that is not causal, and for more tokens than positions.
+        """
+        if not self.config.causal:
+            raise ValueError(f"cache: a {self.config.family} model sees later tokens too; only causal ones have a cache")
+        if not 1 <= length <= self.config.positions or batch < 1:
+            raise ValueError(
+                f"cache: {batch} sequences of {length} tokens; the model has {self.config.positions} positions"
+            )
+        return init_cache(self.config, batch, length, compute_dtype())
 
     def encode(
         self, texts: str | Iterable[str], *, batch_size: int = 32, progress: bool = False
@@ -137,10 +155,28 @@ def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segme
     return jnp.asarray(ids, jnp.int32), mask, segments
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _forward(params, ids, mask, segments, config, dtype, hidden_states, attentions):
+def check_cache(config: ModelConfig, cache: Cache, ids: Any) -> None:
+    """Raises ValueError where tokens [B, T] do not fit behind those that a cache holds."""
+    batch, slots = cache.real.shape
+    if ids.shape[0] != batch:
+        raise ValueError(f"cache: made for {batch} sequences, got input_ids {list(ids.shape)}")
+    if isinstance(cache.length, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    total, most = int(cache.length) + ids.shape[1], config.positions if is_ring(config) else slots
+    if total > most:
+        raise ValueError(f"cache: {int(cache.length)} tokens and {ids.shape[1]} more are over its {most}; make it longer")
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _forward(params, ids, mask, segments, cache, config, dtype, hidden_states, attentions):
     return Transformer(config, dtype).apply(
-        {"params": params}, ids, mask, segments, need_hidden_states=hidden_states, need_attentions=attentions
+        {"params": params},
+        ids,
+        mask,
+        segments,
+        cache=cache,
+        need_hidden_states=hidden_states,
+        need_attentions=attentions,
     )
 
 

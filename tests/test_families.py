@@ -61,6 +61,114 @@ def electra(rng):
     return with_segments(rng, embedding_size=int(rng.integers(2, 9)))
 
 
+def modernbert(rng):
+    base = encoder(rng)
+    heads, width = base["num_attention_heads"], 2 * int(rng.integers(1, 5))
+    layers = base["num_hidden_layers"]
+    return {
+        "vocab_size": base["vocab_size"],
+        "hidden_size": heads * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "hidden_activation": base["hidden_act"],
+        "classifier_activation": str(rng.choice(["gelu", "silu"])),
+        "classifier_bias": bool(rng.integers(2)),
+        "norm_bias": bool(rng.integers(2)),
+        "attention_bias": bool(rng.integers(2)),
+        "mlp_bias": bool(rng.integers(2)),
+        "local_attention": 2 * int(rng.integers(1, 6)),
+        "layer_types": [str(rng.choice(["full_attention", "sliding_attention"])) for _ in range(layers)],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 160.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+    }
+
+
+def gpt2(rng):
+    base = encoder(rng)
+    return {
+        "vocab_size": base["vocab_size"],
+        "n_embd": base["hidden_size"],
+        "n_layer": base["num_hidden_layers"],
+        "n_head": base["num_attention_heads"],
+        "n_inner": [None, base["intermediate_size"]][int(rng.integers(2))],
+        "n_positions": base["max_position_embeddings"],
+        "activation_function": base["hidden_act"],
+        "layer_norm_epsilon": base["layer_norm_eps"],
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+_ROPES = (
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+)
+
+
+def llama(rng, **more):
+    base, groups = encoder(rng), int(rng.integers(1, 4))
+    return {
+        "vocab_size": base["vocab_size"],
+        "hidden_size": int(rng.integers(5, 30)),
+        "num_hidden_layers": base["num_hidden_layers"],
+        "num_attention_heads": groups * int(rng.integers(1, 4)),
+        "num_key_value_heads": groups,
+        "head_dim": 2 * int(rng.integers(1, 6)),
+        "intermediate_size": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "hidden_act": base["hidden_act"],
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "rope_parameters": dict(_ROPES[int(rng.integers(len(_ROPES)))]),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def llama_biased(rng):  # transformers refuses a width that heads do not divide, whatever head_dim says
+    base = llama(rng, attention_bias=bool(rng.integers(2)), mlp_bias=bool(rng.integers(2)))
+    return {**base, "hidden_size": base["num_attention_heads"] * int(rng.integers(2, 6))}
+
+
+def mistral(rng):
+    return llama(rng, sliding_window=[None, int(rng.integers(2, 12))][int(rng.integers(2))])
+
+
+def qwen(rng):
+    base = llama(rng)
+    types = [str(rng.choice(["full_attention", "sliding_attention"])) for _ in range(base["num_hidden_layers"])]
+    local = {"use_sliding_window": True, "sliding_window": int(rng.integers(2, 12)), "layer_types": types}
+    return {**base, **(local if rng.integers(2) else {})}
+
+
+def qwen2(rng):  # whose heads are as wide as the width allows
+    base = qwen(rng)
+    return {**base, "hidden_size": base["num_attention_heads"] * base.pop("head_dim")}
+
+
+def qwen3(rng):
+    return {**qwen(rng), "attention_bias": bool(rng.integers(2))}
+
+
+def causal(classes):
+    return {"none": f"{classes}Model", "causal_lm": f"{classes}ForCausalLM"}
+
+
 # family: (config class, how a config is drawn, {our head: transformers' class})
 CASES = {
     "bert": ("BertConfig", with_segments, {"none": "BertModel", "masked_lm": "BertForMaskedLM"}),
@@ -78,6 +186,16 @@ CASES = {
         {"none": "ElectraModel", "replaced_token": "ElectraForPreTraining", "masked_lm": "ElectraForMaskedLM"},
     ),
     "albert": ("AlbertConfig", albert, {"none": "AlbertModel", "masked_lm": "AlbertForMaskedLM"}),
+    "modernbert": (
+        "ModernBertConfig",
+        modernbert,
+        {"none": "ModernBertModel", "masked_lm": "ModernBertForMaskedLM"},
+    ),
+    "gpt2": ("GPT2Config", gpt2, {"none": "GPT2Model", "causal_lm": "GPT2LMHeadModel"}),
+    "llama": ("LlamaConfig", llama_biased, causal("Llama")),
+    "mistral": ("MistralConfig", mistral, causal("Mistral")),
+    "qwen2": ("Qwen2Config", qwen2, causal("Qwen2")),
+    "qwen3": ("Qwen3Config", qwen3, causal("Qwen3")),
 }
 
 

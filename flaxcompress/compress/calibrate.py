@@ -106,23 +106,25 @@ def dense_model(model: Model) -> Model:
     return model.replace(params=params, config=model.config.replace(formats=()))  # pyright: ignore[reportAttributeAccessIssue]
 
 
+# Linear maps that read the input of another one.
+_SAME_INPUT = {
+    "attention/key": "attention/query",
+    "attention/value": "attention/query",
+    "feed_forward/gate": "feed_forward/up",
+}
+
+
 def moments_of(inputs: Mapping[str, Any], mask: Any) -> dict[str, Any]:
-    """{part/linear: Σ xᵀx over the tokens that `mask` allows}; query, key and value read one input, kept once."""
+    """{part/linear: Σ xᵀx over the tokens that `mask` allows}; maps that read one input share one entry."""
     out = {}
     for part, linears in inputs.items():
         for name, kept in linears.items():
-            if part == "attention" and name in ("key", "value"):
+            if f"{part}/{name}" in _SAME_INPUT:
                 continue
             x = kept["x"].astype(jnp.float32)
             x = (x * mask[..., None]).reshape(-1, x.shape[-1])
             out[f"{part}/{name}"] = jax.lax.dot(x.T, x, precision=jax.lax.Precision.HIGHEST)
     return out
-
-
-def _aliases(name: str) -> list[str]:
-    if name == "attention/query":
-        return ["attention/query", "attention/key", "attention/value"]
-    return [name]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -151,11 +153,11 @@ def _input_moments(model: Model, calibration: Calibration, sentences: int, progr
                 address = f"layers/{number}/{part}/{linear}"
                 value = np.asarray(stacked[i]) / tokens
                 moments[address] = moments[address] + value if address in moments else value
-    return {
-        f"{address.rsplit('/', 2)[0]}/{alias}": value
-        for address, value in moments.items()
-        for alias in _aliases("/".join(address.rsplit("/", 2)[1:]))
-    }
+    for address in tree.select(tree.View(model.params), r"layers/.*/kernel"):
+        *layer, part, linear, _ = address.split("/")
+        if read := _SAME_INPUT.get(f"{part}/{linear}"):
+            moments["/".join([*layer, part, linear])] = moments["/".join([*layer, read])]
+    return moments
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))

@@ -17,17 +17,22 @@ from flaxcompress.config import PARTS, ModelConfig
 from flaxcompress.encoding import compute_dtype, lookup
 from flaxcompress.formats import dense
 from flaxcompress.model import Model
-from flaxcompress.nn import INPUTS, Layer, layer_sets
+from flaxcompress.nn import INPUTS, Context, Layer, layer_sets
 from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
 
-# What one layer computes, in order; the linear maps of a stage read the same input.
-_STAGES = (
-    (("attention", "query"), ("attention", "key"), ("attention", "value")),
-    (("attention", "output"),),
-    (("feed_forward", "up"),),
-    (("feed_forward", "down"),),
-)
+_Linear = tuple[str, str]  # part and name of a linear map
+
+
+def stages_of(config: ModelConfig) -> list[tuple[_Linear, ...]]:
+    """What one layer computes, in order; the linear maps of a stage read the same input."""
+    into = (("feed_forward", "up"), ("feed_forward", "gate")) if config.gated else (("feed_forward", "up"),)
+    return [
+        (("attention", "query"), ("attention", "key"), ("attention", "value")),
+        (("attention", "output"),),
+        into,
+        (("feed_forward", "down"),),
+    ]
 
 
 class Stage(NamedTuple):
@@ -59,27 +64,27 @@ class LayerWalk:
         self._sliced: dict[str, Any] = {}
         self.exchanged: dict[str, Any] = {}
         self.masks = [jnp.asarray(mask) for _, mask in batches]
-        first = [self._first(model, ids) for ids, _ in batches]
-        self._states, self._biases = [x for x, _ in first], [bias for _, bias in first]
+        first = [self._first(model, ids, mask) for (ids, _), mask in zip(batches, self.masks, strict=True)]
+        self._states, self._contexts = [x for x, _ in first], [context for _, context in first]
         self._tokens = float(sum(mask.sum() for _, mask in batches))
 
-    def _first(self, model: Model, ids: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
+    def _first(self, model: Model, ids: np.ndarray, mask: jax.Array) -> tuple[jax.Array, Context]:
         vectors = lookup(model.params["embedding"]["token"], ids.reshape(-1)).reshape(*ids.shape, -1)
-        return first_input(model.params, jnp.asarray(ids), self._config, self._dtype, vectors)
+        return first_input(model.params, jnp.asarray(ids), self._config, self._dtype, mask, vectors)
 
     def stages(self, *, label: str, progress: bool = False) -> Iterator[Stage]:
         """Every stage of every layer in order; what is exchanged at a weight set's first use holds at later ones."""
         seen: set[str] = set()
         with progress_bar(label, self._config.layers, show=progress) as advance:
             for number in range(self._config.layers):
-                for stage in _STAGES:
+                for stage in stages_of(self._config):
                     addresses = tuple(self._address(number, part, f"{name}/kernel") for part, name in stage)
                     if not seen.issuperset(addresses):
                         seen.update(addresses)
                         yield Stage(number, addresses, self._moments(number, "/".join(stage[0])))
                 params = self._params(number)
                 for i in range(len(self.masks)):  # one by one, so that only one batch is held twice
-                    self._states[i] = self._layer(params, i, self._states[i])
+                    self._states[i] = self._layer(params, number, i, self._states[i])
                 advance()
 
     def outcome(self, stage: Stage, changes: Mapping[str, Any]) -> list[Float[Array, "B T D"]]:
@@ -87,7 +92,7 @@ class LayerWalk:
         states = self._states
         for number in range(stage.layer, self._config.layers):
             params = self._params(number, changes)
-            states = [self._layer(params, i, x) for i, x in enumerate(states)]
+            states = [self._layer(params, number, i, x) for i, x in enumerate(states)]
         return states
 
     def kernel(self, address: str) -> Float[Array, "n m"]:
@@ -115,23 +120,32 @@ class LayerWalk:
             )
         return params
 
-    def _layer(self, params: Any, batch: int, x: jax.Array) -> jax.Array:
-        return _run_layer(self._config, params, x, self.masks[batch], self._biases[batch])
+    def _layer(self, params: Any, layer: int, batch: int, x: jax.Array) -> jax.Array:
+        return _run_layer(self._config, layer_sets(self._config, layer), params, x, self._context(batch, layer))
+
+    def _context(self, batch: int, layer: int) -> Context:
+        return self._contexts[batch].within(self._config.local[layer])
 
     def _moments(self, number: int, name: str) -> jax.Array:
         total: Any = 0.0
         params = self._params(number)
-        for x, mask, bias in zip(self._states, self.masks, self._biases, strict=True):
-            total = total + _layer_moments(self._config, params, x, mask, bias, name)
+        sets = layer_sets(self._config, number)
+        for i, x in enumerate(self._states):
+            total = total + _layer_moments(self._config, sets, params, x, self._context(i, number), name)
         return total / self._tokens
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_layer(config: ModelConfig, params, x, mask, bias):
-    return Layer(config, (0, 0, 0)).apply({"params": params}, x, mask, bias)[0]
+def _structure(config: ModelConfig, sets: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Sets of a layer of the same structure, so that equal layers share one program."""
+    return (0, 0, 0) if config.first_norm else (0, 0, min(sets[-1], 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _layer_moments(config: ModelConfig, params, x, mask, bias, name: str):
-    _, recorded = Layer(config, (0, 0, 0)).apply({"params": params}, x, mask, bias, mutable=[INPUTS])
-    return moments_of(recorded[INPUTS], mask)[name]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(config: ModelConfig, sets: tuple[int, int, int], params, x, context):
+    return Layer(config, _structure(config, sets)).apply({"params": params}, x, context)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _layer_moments(config: ModelConfig, sets: tuple[int, int, int], params, x, context, name: str):
+    _, recorded = Layer(config, _structure(config, sets)).apply({"params": params}, x, context, mutable=[INPUTS])
+    return moments_of(recorded[INPUTS], context.real)[name]

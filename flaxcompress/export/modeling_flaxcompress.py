@@ -8,14 +8,20 @@ the module "embedding/token". A matrix is a *kernel* [n, m] (multiplied: x @ W) 
 A new format is one class (or function) and one entry in `KINDS`.
 """
 
+import functools
 import math
 import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, TokenClassifierOutput
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    TokenClassifierOutput,
+)
 
 
 class FlaxCompressConfig(PretrainedConfig):
@@ -235,8 +241,14 @@ ACTIVATIONS = {
 }
 
 
+def rotate(x, cos, sin):
+    """Turns the pairs (x_i, x_{i+d/2}) of [B, H, T, d] by their angles, in float32."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
 class FlaxCompressModel(PreTrainedModel):
-    """A BERT-like encoder whose matrices may be in any format and whose layers may share weight sets.
+    """A transformer whose matrices may be in any format and whose layers may share weight sets.
 
     Made from a config alone, its weights are zeros: they come from a saved folder.
     """
@@ -252,33 +264,48 @@ class FlaxCompressModel(PreTrainedModel):
         self.register_buffer("compute", torch.empty(0), persistent=False)  # empty: only its dtype matters
         width, inner, narrow = c["width"], c["feed_forward_width"], c["embedding_width"] or c["width"]
         self._table("embedding/token", c["vocabulary"], narrow)
-        self._table("embedding/position", c["positions"] + c["position_offset"], narrow)
+        if c["learned_positions"]:
+            self._table("embedding/position", c["positions"] + c["position_offset"], narrow)
         if c["segments"]:
             self._table("embedding/segment", c["segments"], narrow)
-        self._norm("embedding/norm", narrow)
+        if c["embedding_norm"]:
+            self._norm("embedding/norm", narrow)
         if c["embedding_width"]:
             self._linear("embedding/projection", narrow, width)
         if c["relative_buckets"]:
             self._table("relative_bias/table", c["relative_buckets"], c["heads"])
         sets = {part: range(max(numbers) + 1) for part, numbers in c["sharing"].items()}
+        head_width, groups = c["head_width"] or width // c["heads"], c["key_value_heads"] or c["heads"]
         for number in sets["attention"]:
-            for name in ("query", "key", "value", "output"):
-                self._linear(f"layers/{number}/attention/{name}", width, width)
+            address = f"layers/{number}/attention"
+            self._linear(f"{address}/query", width, c["heads"] * head_width, c["attention_bias"])
+            self._linear(f"{address}/key", width, groups * head_width, c["attention_bias"])
+            self._linear(f"{address}/value", width, groups * head_width, c["attention_bias"])
+            self._linear(f"{address}/output", c["heads"] * head_width, width, c["output_bias"])
+            if c["query_key_norm"]:
+                self._norm(f"{address}/query_norm", head_width)
+                self._norm(f"{address}/key_norm", head_width)
         for number in sets["feed_forward"]:
-            self._linear(f"layers/{number}/feed_forward/up", width, inner)
-            self._linear(f"layers/{number}/feed_forward/down", inner, width)
+            for name in ("gate", "up") if c["gated"] else ("up",):
+                self._linear(f"layers/{number}/feed_forward/{name}", width, inner, c["feed_forward_bias"])
+            self._linear(f"layers/{number}/feed_forward/down", inner, width, c["feed_forward_bias"])
         for number in sets["norms"]:
-            self._norm(f"layers/{number}/norms/attention", width)
+            if c["first_norm"] or number:
+                self._norm(f"layers/{number}/norms/attention", width)
             self._norm(f"layers/{number}/norms/feed_forward", width)
+        if c["final_norm"]:
+            self._norm("final_norm", width)
         if c["pooler"]:
             self._linear("pooler/dense", width, width)
         if c["head"] == "masked_lm":  # the plain model keeps the head too, so that saving it loses nothing
-            self._linear("head/transform", width, narrow)
+            self._linear("head/transform", width, narrow, c["head_bias"])
             self._norm("head/norm", narrow)
             self._vector("head/bias", c["vocabulary"])
         elif c["head"] == "replaced_token":
             self._linear("head/transform", width, width)
             self._linear("head/output", width, 1)
+        elif c["head"] == "causal_lm" and not c["tied"]:
+            self._linear("head/output", width, c["vocabulary"], bias=False)
         self.post_init()
 
     @classmethod
@@ -305,44 +332,71 @@ class FlaxCompressModel(PreTrainedModel):
     def _vector(self, address, size):
         self._weight(address, (size,))
 
-    def _linear(self, address, n, m):
+    def _linear(self, address, n, m, bias=True):
         self._weight(f"{address}/kernel", (n, m))
-        self._vector(f"{address}/bias", m)
+        if bias:
+            self._vector(f"{address}/bias", m)
 
     def _norm(self, address, width):
         self._vector(f"{address}/scale", width)
-        self._vector(f"{address}/bias", width)
+        if self.structure["norm"] == "layer" and self.structure["norm_bias"]:
+            self._vector(f"{address}/bias", width)
 
     def weight(self, address):
         """The parameter or module at an address."""
         return getattr(self, address)
 
     def linear(self, x, address):
-        """x @ kernel + bias, [*B, n] -> [*B, m]."""
-        return matmul(x, self.weight(f"{address}/kernel")) + self.weight(f"{address}/bias").to(x.dtype)
+        """x @ kernel + bias, [*B, n] -> [*B, m]; the bias may be absent."""
+        y = matmul(x, self.weight(f"{address}/kernel"))
+        bias = getattr(self, f"{address}/bias", None)
+        return y if bias is None else y + bias.to(x.dtype)
 
     def norm(self, x, address):
-        """Layer normalisation over the last axis, computed in float32, returned in x's dtype."""
-        scale, bias = self.weight(f"{address}/scale").float(), self.weight(f"{address}/bias").float()
-        return F.layer_norm(x.float(), scale.shape, scale, bias, self.structure["norm_epsilon"]).to(x.dtype)
+        """The model's norm over the last axis, computed in float32, returned in x's dtype."""
+        scale, epsilon = self.weight(f"{address}/scale").float(), self.structure["norm_epsilon"]
+        if self.structure["norm"] == "rms":
+            return F.rms_norm(x.float(), scale.shape, scale, epsilon).to(x.dtype)
+        bias = getattr(self, f"{address}/bias", None)
+        return F.layer_norm(x.float(), scale.shape, scale, None if bias is None else bias.float(), epsilon).to(x.dtype)
 
     def drop(self, x):
         """Dropout between sub-layers, while training."""
         return F.dropout(x, self.structure["dropout"], self.training)
 
-    def embed(self, ids, segments):
+    def embed(self, ids, segments, positions):
         """[B, T] ids -> [B, T, D] in the model's dtype."""
         c = self.structure
         x = take(self.weight("embedding/token"), ids)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        if c["position_offset"]:  # tokens other than padding are counted; padding has the row before theirs
-            real = ids != c["pad_token"]
-            places = real.cumsum(1) * real + c["position_offset"] - 1
-        x = x + take(self.weight("embedding/position"), places)
+        if c["learned_positions"]:
+            if c["position_offset"]:  # tokens other than padding are counted; padding has the row before theirs
+                real = ids != c["pad_token"]
+                positions = real.cumsum(1) * real + c["position_offset"] - 1
+            x = x + take(self.weight("embedding/position"), positions)
         if c["segments"]:
             x = x + take(self.weight("embedding/segment"), torch.zeros_like(ids) if segments is None else segments)
-        x = self.drop(self.norm(x, "embedding/norm").to(self.dtype))
+        x = self.norm(x, "embedding/norm") if c["embedding_norm"] else x
+        x = self.drop(x.to(self.dtype))
         return self.linear(x, "embedding/projection") if c["embedding_width"] else x
+
+    def rotation(self, positions, local):
+        """(cos, sin) [B, 1, T, d/2] of the angles by which pairs are turned; None without rotary positions."""
+        c = self.structure
+        if c["rotary"] is None:
+            return None
+        r, width = c["rotary"], c["head_width"] or c["width"] // c["heads"]
+        own = local and r["local_theta"] is not None
+        steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        frequency = 1.0 / (r["local_theta"] if own else r["theta"]) ** steps
+        if r["scaling"] == "linear" and not own:
+            frequency = frequency / r["factor"]
+        elif r["scaling"] == "llama3" and not own:  # low frequencies are divided, high ones left, a blend between
+            turns = r["original_positions"] * frequency / (2 * math.pi)
+            low, high = r["low_frequency_factor"], r["high_frequency_factor"]
+            smooth = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - smooth) * frequency / r["factor"] + smooth * frequency
+        angles = positions[:, None, :, None].float() * frequency.float()
+        return angles.cos(), angles.sin()
 
     def relative_bias(self, length, device):
         """A bias on the scores by key - query, [H, T, T]: half of the buckets for each direction, wider far away."""
@@ -356,16 +410,25 @@ class FlaxCompressModel(PreTrainedModel):
         buckets = (offset > 0) * half + torch.where(away < near, away, far)
         return take(self.weight("relative_bias/table"), buckets).permute(2, 0, 1)
 
-    def attention(self, x, mask, bias, address, need_probabilities):
-        """Multi-head self-attention and, when asked for, its probabilities [B, H, T, S].
+    def attention(self, x, mask, bias, turn, address, need_probabilities, past=None):
+        """Multi-head self-attention and, when asked for, its probabilities [B, H, T, S]; and the keys and values.
 
-        mask is [B, 1, 1, S], bias [H, T, S] or None.
+        mask is [B, 1, 1 or T, S], bias [H, T, S] or None, turn what `rotation` returned, past earlier keys and values.
         """
-        heads, dropout = self.structure["heads"], self.structure["attention_dropout"] if self.training else 0.0
+        c, dropout = self.structure, self.structure["attention_dropout"] if self.training else 0.0
+        groups = c["key_value_heads"] or c["heads"]
         query, key, value = (
             self.linear(x, f"{address}/{name}").unflatten(-1, (heads, -1)).transpose(1, 2)
-            for name in ("query", "key", "value")
+            for name, heads in (("query", c["heads"]), ("key", groups), ("value", groups))
         )
+        if c["query_key_norm"]:
+            query, key = self.norm(query, f"{address}/query_norm"), self.norm(key, f"{address}/key_norm")
+        if turn is not None:
+            query, key = rotate(query, *turn), rotate(key, *turn)
+        if past is not None:
+            key, value = past(key, value)
+        if groups != c["heads"]:
+            key, value = (t.repeat_interleave(c["heads"] // groups, 1) for t in (key, value))
         # A row without any key would be 0/0: it sees every key, and its result is zeroed.
         some = mask.any(-1, keepdim=True)
         allowed = mask | ~some
@@ -380,36 +443,71 @@ class FlaxCompressModel(PreTrainedModel):
             y = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout) * some
         return self.linear(y.transpose(1, 2).flatten(-2), f"{address}/output"), probabilities
 
-    def encode(self, ids, mask, segments, output_hidden_states, output_attentions):
-        """All layers and the pooler; None for an output means what the config says."""
-        c = self.structure
-        if ids.shape[1] > c["positions"]:
-            raise ValueError(f"input_ids: {ids.shape[1]} tokens, but the model has {c['positions']} positions")
-        for name, given in (("attention_mask", mask), ("token_type_ids", segments)):
-            if given is not None and given.shape != ids.shape:
-                raise ValueError(f"{name}: shape {list(given.shape)} differs from input_ids' {list(ids.shape)}")
-        mask = (torch.ones_like(ids) if mask is None else mask).ne(0)[:, None, None, :]
-        need_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        need_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        x = self.embed(ids, segments)
-        bias = self.relative_bias(ids.shape[1], ids.device) if c["relative_buckets"] else None
+    def masks(self, mask, length):
+        """Which keys [B, 1, 1 or T, S] the last `length` tokens may see in global and in local layers, by mask [B, S]."""
+        c, keys = self.structure, mask.shape[1]
+        place = torch.arange(keys, device=mask.device)
+        distance = place[keys - length :, None] - place[None, :]
+        allowed = mask.ne(0)[:, None, None, :]
+        if c["causal"]:
+            allowed = allowed & (distance >= 0)
+        return allowed, allowed & (distance.abs() <= c["window"]) if c["window"] else allowed
+
+    def encode(self, ids, mask, segments, need_states, need_attentions, positions=None, past=None):
+        """All layers and the pooler; None for an output means what the config says.
+
+        past is a transformers Cache of earlier tokens, which the mask then covers too.
+        """
+        c, length = self.structure, ids.shape[1]
+        before = 0 if past is None else past.get_seq_length()
+        if before + length > c["positions"]:
+            raise ValueError(f"input_ids: {before + length} tokens, but the model has {c['positions']} positions")
+        for name, given, columns in (("attention_mask", mask, before + length), ("token_type_ids", segments, length)):
+            if given is not None and given.shape != (len(ids), columns):
+                raise ValueError(f"{name}: shape {list(given.shape)} is not {[len(ids), columns]}")
+        mask = ids.new_ones(len(ids), before + length) if mask is None else mask
+        need_states = self.config.output_hidden_states if need_states is None else need_states
+        need_attentions = self.config.output_attentions if need_attentions is None else need_attentions
+        if positions is None:
+            positions = torch.arange(before, before + length, device=ids.device)[None]
+        x = self.embed(ids, segments, positions)
+        bias = self.relative_bias(length, ids.device) if c["relative_buckets"] else None
+        masks, turns = self.masks(mask, length), [self.rotation(positions, local) for local in (False, True)]
         states: tuple = (x,)
         attentions: tuple = ()
         for layer in range(c["layers"]):
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
-            y, probabilities = self.attention(x, mask, bias, at["attention"], need_attentions)
-            x = self.norm(x + self.drop(y), f"{at['norms']}/attention")
-            y = ACTIVATIONS[c["activation"]](self.linear(x, f"{at['feed_forward']}/up"))
-            y = self.linear(y, f"{at['feed_forward']}/down")
-            x = self.norm(x + self.drop(y), f"{at['norms']}/feed_forward")
+            local = c["local"][layer]
+            keep = None if past is None else functools.partial(past.update, layer_idx=layer)
+            need = (at["attention"], need_attentions, keep)
+            x, probabilities = self.layer(x, (masks[local], bias, turns[local], *need), at)
             states += (x,) if need_states else ()
             attentions += (probabilities,)
+        if c["final_norm"]:
+            x = self.norm(x, "final_norm")
+            states = (*states[:-1], x)
         return BaseModelOutputWithPooling(
             last_hidden_state=x,
             pooler_output=torch.tanh(self.linear(x[:, 0], "pooler/dense")) if c["pooler"] else None,
             hidden_states=states if need_states else None,
             attentions=attentions if need_attentions else None,
         )
+
+    def layer(self, x, attend, at):
+        """One layer, normalised before or after attention and feed-forward; `attend` are `attention`'s arguments."""
+        norms, pre = at["norms"], self.structure["norm_place"] == "pre"
+        before = pre and hasattr(self, f"{norms}/attention/scale")
+        y, probabilities = self.attention(self.norm(x, f"{norms}/attention") if before else x, *attend)
+        x = x + self.drop(y)
+        x = x if pre else self.norm(x, f"{norms}/attention")
+        y = self.drop(self.feed_forward(self.norm(x, f"{norms}/feed_forward") if pre else x, at["feed_forward"]))
+        return x + y if pre else self.norm(x + y, f"{norms}/feed_forward"), probabilities
+
+    def feed_forward(self, x, address):
+        """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
+        activate, up = ACTIVATIONS[self.structure["activation"]], self.linear(x, f"{address}/up")
+        y = activate(self.linear(x, f"{address}/gate")) * up if self.structure["gated"] else activate(up)
+        return self.linear(y, f"{address}/down")
 
     def head_activation(self, x):
         """The head's own activation, or that of the layers."""
@@ -488,5 +586,46 @@ class FlaxCompressForPreTraining(FlaxCompressModel):
             loss = F.binary_cross_entropy_with_logits(logits[real != 0], labels[real != 0].float())
         out = TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
+        return self._answer(out, return_dict)
+
+
+class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
+    """Logits [B, T, V], float32, of the next token, from the token table (tied) or a kernel of the head's own."""
+
+    def __init__(self, config):
+        if config.flaxcompress["head"] != "causal_lm":
+            raise ValueError(f"this folder holds no causal-LM head (its head is {config.flaxcompress['head']!r})")
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+        logits_to_keep=0,
+        **unused,
+    ):
+        """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss of predicting each from those before."""
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        need = (output_hidden_states, output_attentions, position_ids, past_key_values)
+        out = self.encode(input_ids, attention_mask, None, *need)
+        x = out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state
+        tied = self.structure["tied"]
+        logits = (attend(x, self.weight("embedding/token")) if tied else self.linear(x, "head/output")).float()
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        out = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
         )
         return self._answer(out, return_dict)

@@ -1,6 +1,6 @@
 """Hugging Face families by model_type. A new family is one file and one entry here."""
 
-from flaxcompress.families import albert, bert, distilbert, electra, mpnet, roberta
+from flaxcompress.families import albert, bert, distilbert, electra, gpt2, llama, modernbert, mpnet, roberta
 from flaxcompress.families.base import Family
 
 FAMILIES: dict[str, Family] = {
@@ -13,6 +13,12 @@ FAMILIES: dict[str, Family] = {
         mpnet.FAMILY,
         electra.FAMILY,
         albert.FAMILY,
+        modernbert.FAMILY,
+        gpt2.FAMILY,
+        llama.LLAMA,
+        llama.MISTRAL,
+        llama.QWEN2,
+        llama.QWEN3,
     )
 }
 

@@ -142,6 +142,12 @@ def required(hf: Mapping[str, Any], family: str, names: Iterable[str]) -> None:
         raise ValueError(f"config.json: a {family} config needs {', '.join(missing)}")
 
 
+def refuse(hf: Mapping[str, Any], key: str, only: Any) -> None:
+    """Raises ValueError for a setting that is supported with one value only."""
+    if (value := hf.get(key, only)) != only:
+        raise ValueError(f"config.json: {key} {value!r} is not supported, only {only!r}")
+
+
 def activation(hf: Mapping[str, Any], key: str, default: str = "gelu") -> str:
     """Our name of the activation that a config names. Raises ValueError for one that does not exist here."""
     name = hf.get(key, default)

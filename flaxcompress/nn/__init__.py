@@ -1,8 +1,21 @@
 """Flax Linen modules, one idea per file."""
 
+from flaxcompress.nn.cache import Cache, init_cache, is_ring
+from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
 from flaxcompress.nn.stack import Stack, layer_sets
 from flaxcompress.nn.transformer import Transformer, TransformerOutput
 
-__all__ = ["INPUTS", "Layer", "Stack", "Transformer", "TransformerOutput", "layer_sets"]
+__all__ = [
+    "INPUTS",
+    "Cache",
+    "Context",
+    "Layer",
+    "Stack",
+    "Transformer",
+    "TransformerOutput",
+    "init_cache",
+    "is_ring",
+    "layer_sets",
+]

@@ -1,4 +1,4 @@
-"""Token, position and segment embeddings, normalised (Devlin et al. 2019, figure 2)."""
+"""Token, position and segment embeddings, summed (Devlin et al. 2019, figure 2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Integer
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
-from flaxcompress.nn.add_norm import LayerNorm
+from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.linear import Linear, weight
 
 
@@ -30,9 +30,10 @@ class Embedding(nn.Module):
             return weight(self, name, lambda key: spec.init(key, (rows, config.table_width), initializer, table=True))
 
         self.token = table("token", config.vocabulary)
-        self.position = table("position", config.positions + config.position_offset)
+        if config.learned_positions:
+            self.position = table("position", config.positions + config.position_offset)
         self.segment = table("segment", config.segments) if config.segments else None
-        self.norm = LayerNorm(config, "embedding/norm", self.dtype)
+        self.norm = Norm(config, "embedding/norm", self.dtype) if config.embedding_norm else None
         if config.embedding_width is not None:
             self.projection = Linear(config, "embedding/projection", config.table_width, config.width)
         self.drop = nn.Dropout(config.dropout)
@@ -42,17 +43,21 @@ class Embedding(nn.Module):
         ids: Integer[Array, "B T"],
         segments: Integer[Array, "B T"] | None = None,
         *,
+        positions: Integer[Array, "B T"] | None = None,
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """`positions` are 0, 1, 2, … when not given."""
         config = self.config
         x = take(self.token, ids) if vectors is None else vectors
-        places = jnp.arange(ids.shape[1])
-        if config.position_offset:
-            real = ids != config.pad_token
-            places = jnp.where(real, jnp.cumsum(real, axis=1), 0) + config.position_offset - 1
-        x = x + take(self.position, places)
+        if config.learned_positions:
+            places = jnp.arange(ids.shape[1]) if positions is None else positions
+            if config.position_offset:
+                real = ids != config.pad_token
+                places = jnp.where(real, jnp.cumsum(real, axis=1), 0) + config.position_offset - 1
+            x = x + take(self.position, places)
         if self.segment is not None:
             x = x + take(self.segment, jnp.zeros_like(ids) if segments is None else segments)
-        x = self.drop(self.norm(x), deterministic=deterministic)
+        x = x if self.norm is None else self.norm(x)
+        x = self.drop(x.astype(self.dtype), deterministic=deterministic)
         return x if config.embedding_width is None else self.projection(x)

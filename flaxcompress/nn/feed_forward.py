@@ -6,20 +6,25 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.nn.linear import Linear
+from flaxcompress.nn.linear import Linear, project_together
 from flaxcompress.ops import activate
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))), [*B, D] -> [*B, D] through width F."""
+    """down(activation(up(x))), [*B, D] -> [*B, D] through width F; gated: down(activation(gate(x)) * up(x))."""
 
     config: ModelConfig
     address: str
 
     def setup(self):
-        config = self.config
-        self.up = Linear(config, f"{self.address}/up", config.width, config.feed_forward_width)
-        self.down = Linear(config, f"{self.address}/down", config.feed_forward_width, config.width)
+        config, address = self.config, self.address
+        width, inner, bias = config.width, config.feed_forward_width, config.feed_forward_bias
+        self.up = Linear(config, f"{address}/up", width, inner, bias)
+        self.gate = Linear(config, f"{address}/gate", width, inner, bias) if config.gated else None
+        self.down = Linear(config, f"{address}/down", inner, width, bias)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down(activate(self.up(x), self.config.activation))
+        if self.gate is None:
+            return self.down(activate(self.up(x), self.config.activation))
+        gate, up = project_together(x, (self.gate, self.up))
+        return self.down(activate(gate, self.config.activation) * up)

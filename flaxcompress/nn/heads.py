@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import attend
 from flaxcompress.formats.base import vector_init
-from flaxcompress.nn.add_norm import LayerNorm
+from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.linear import Linear
 from flaxcompress.ops import activate
 
@@ -33,9 +33,9 @@ class MaskedLM(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
         config = self.config
-        y = Linear(config, "head/transform", config.width, config.table_width, name="transform")(x)
+        y = Linear(config, "head/transform", config.width, config.table_width, config.head_bias, name="transform")(x)
         y = activate(y, config.head_activation or config.activation)
-        y = LayerNorm(config, "head/norm", name="norm")(y).astype(x.dtype)
+        y = Norm(config, "head/norm", name="norm")(y).astype(x.dtype)
         bias = self.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
         return attend(y, table).astype(jnp.float32) + bias
 
@@ -54,4 +54,17 @@ class ReplacedToken(nn.Module):
         return Linear(config, "head/output", config.width, 1, name="output")(y)[..., 0].astype(jnp.float32)
 
 
-HEADS: dict[str, type[nn.Module]] = {"masked_lm": MaskedLM, "replaced_token": ReplacedToken}
+class CausalLM(nn.Module):
+    """Logits of the next token, [B, T, D] -> [B, T, V], float32: by the token table, or a kernel of its own."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
+        config = self.config
+        if config.tied:
+            return attend(x, table).astype(jnp.float32)
+        return Linear(config, "head/output", config.width, config.vocabulary, False, name="output")(x).astype(jnp.float32)
+
+
+HEADS: dict[str, type[nn.Module]] = {"masked_lm": MaskedLM, "replaced_token": ReplacedToken, "causal_lm": CausalLM}

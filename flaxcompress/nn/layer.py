@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.add_norm import Norms
 from flaxcompress.nn.attention import Attention
+from flaxcompress.nn.context import Context
 from flaxcompress.nn.feed_forward import FeedForward
 
 
 class Layer(nn.Module):
-    """Post-norm: x = norm(x + attention(x)); x = norm(x + feed_forward(x)).
+    """Post-norm: x = norm(x + f(x)); pre-norm: x = x + f(norm(x)); for f attention, then feed-forward.
 
     Its parameters form one tree per part ("attention", "feed_forward", "norms"), which `Stack` shares separately.
 
@@ -27,22 +30,28 @@ class Layer(nn.Module):
         attention, feed_forward, norms = self.sets
         self.attention = Attention(self.config, f"layers/{attention}/attention")
         self.feed_forward = FeedForward(self.config, f"layers/{feed_forward}/feed_forward")
-        self.norms = Norms(self.config, f"layers/{norms}/norms")
+        self.norms = Norms(self.config, norms)
         self.drop = nn.Dropout(self.config.dropout)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"] | None = None,
-        bias: Float[Array, "H T T"] | None = None,
+        context: Context = Context(),  # noqa: B008  (a tuple, never changed)
         *,
+        cache: Any = None,
         deterministic: bool = True,
         need_probabilities: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T T"] | None]:
-        y, probabilities = self.attention(
-            x, mask, bias, deterministic=deterministic, need_probabilities=need_probabilities
-        )
-        x = self.norms.attention(x + self.drop(y, deterministic=deterministic)).astype(x.dtype)
-        y = self.feed_forward(x)
-        x = self.norms.feed_forward(x + self.drop(y, deterministic=deterministic)).astype(x.dtype)
-        return x, probabilities
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, Any]:
+        """The layer's output, its attention probabilities when asked for, and its cache with the tokens stored."""
+        pre = self.config.norm_place == "pre"
+        attend = {"cache": cache, "deterministic": deterministic, "need_probabilities": need_probabilities}
+        before = x if not pre or self.norms.attention is None else self.norms.attention(x).astype(x.dtype)
+        y, probabilities, cache = self.attention(before, context, **attend)
+        x = x + self.drop(y, deterministic=deterministic)
+        if not pre:
+            x = self.norms.attention(x).astype(x.dtype)
+        y = self.feed_forward(self.norms.feed_forward(x).astype(x.dtype) if pre else x)
+        x = x + self.drop(y, deterministic=deterministic)
+        if not pre:
+            x = self.norms.feed_forward(x).astype(x.dtype)
+        return x, probabilities, cache

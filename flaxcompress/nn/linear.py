@@ -29,7 +29,7 @@ def weight(module: nn.Module, name: str, init: Callable[..., Any], *args: Any) -
 
 
 class Linear(nn.Module):
-    """y = x @ kernel + bias, [*B, n] -> [*B, m].
+    """y = x @ kernel + bias, [*B, n] -> [*B, m]; the bias may be absent.
 
     Attributes:
       address: where the module stands, e.g. "layers/3/attention/query"; it decides the kernel's format.
@@ -41,18 +41,15 @@ class Linear(nn.Module):
     address: str
     in_features: int
     features: int
+    use_bias: bool = True
 
     def setup(self):
         spec = spec_for(self.config, f"{self.address}/kernel")
         initializer = nn.initializers.normal(self.config.initializer_range)
         shape = (self.in_features, self.features)
         self.kernel = weight(self, "kernel", lambda key: spec.init(key, shape, initializer, table=False))
-        self.bias = weight(
-            self,
-            "bias",
-            vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init()),
-            (self.features,),
-        )
+        zeros = vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init())
+        self.bias = weight(self, "bias", zeros, (self.features,)) if self.use_bias else None
 
     def record(self, x: Float[Array, "*B n"]) -> None:
         """Keeps x in the collection "inputs" when the caller made it mutable; nothing otherwise."""
@@ -60,7 +57,8 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
-        return matmul(x, self.kernel) + self.bias.astype(x.dtype)
+        y = matmul(x, self.kernel)
+        return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
 def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:
@@ -71,7 +69,12 @@ def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list
     for linear in linears:
         linear.record(x)
     y = dot(x, jnp.concatenate(kernels, axis=1), 0)
-    y = y + jnp.concatenate([linear.bias for linear in linears]).astype(x.dtype)
+    biases = [linear.bias for linear in linears]
+    if any(bias is not None for bias in biases):
+        filled = [
+            jnp.zeros(linear.features) if bias is None else bias for linear, bias in zip(linears, biases, strict=True)
+        ]
+        y = y + jnp.concatenate(filled).astype(x.dtype)
     ends, total = [], 0
     for linear in linears[:-1]:
         total += linear.features

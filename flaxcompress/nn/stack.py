@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
 
@@ -31,12 +32,14 @@ class StackOutput(NamedTuple):
       hidden_states: the input of every layer, [L, B, T, D].
       attentions: the attention probabilities, [L, B, H, T, T].
       recorded: (first layer, what `record` returned stacked over the segment's layers), one entry per segment.
+      cache: what the layers keep for later tokens, stacked.
     """
 
     x: Any
     hidden_states: Any = None
     attentions: Any = None
     recorded: Any = None
+    cache: Any = None
 
 
 class Segment(NamedTuple):
@@ -91,9 +94,9 @@ class Stack(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"] | None = None,
-        bias: Float[Array, "H T T"] | None = None,
+        context: Context = Context(),  # noqa: B008  (a tuple, never changed)
         *,
+        cache: Any = None,
         deterministic: bool = True,
         need_hidden_states: bool = False,
         need_attentions: bool = False,
@@ -108,21 +111,24 @@ class Stack(nn.Module):
         else:
             layers = {part: self.get_variable("params", part) for part in PARTS}
         dropout_key = None if deterministic else self.make_rng("dropout")
-        hidden, attentions, recorded = [], [], []
+        hidden, attentions, recorded, caches = [], [], [], []
         for segment in segments(config, layers):
+            part = jax.tree.map(lambda leaf, s=segment: leaf[s.first : s.last], cache)
             need = (need_hidden_states, need_attentions, record)
-            x, outputs = self._scan(segment, layers, x, mask, bias, dropout_key, *need)
+            x, outputs = self._scan(segment, layers, x, context, part, dropout_key, *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             recorded.append((segment.first, outputs[2]))
+            caches.append(outputs[3])
         return StackOutput(
             x,
             jnp.concatenate(hidden) if need_hidden_states else None,
             jnp.concatenate(attentions) if need_attentions else None,
             recorded if record is not None else None,
+            None if cache is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches),
         )
 
-    def _scan(self, segment, layers, x, mask, bias, dropout_key, need_hidden_states, need_attentions, record):
+    def _scan(self, segment, layers, x, context, cache, dropout_key, need_hidden_states, need_attentions, record):
         config = self.config
         first, last, runs = segment
         module = Layer(config, layer_sets(config, first), parent=None)
@@ -136,27 +142,30 @@ class Stack(nn.Module):
                 scanned[part] = run
             else:
                 picked[part] = (run, jnp.asarray(local))
+        windows = config.local[first:last]
+        alike = len(set(windows)) == 1
 
         def body(x, step):
-            number, slices, indices = step
+            number, slices, indices, own_cache, is_local = step
             params = {**closed, **slices}
             for part, (run, _) in picked.items():
                 params[part] = jax.tree.map(lambda leaf, i=indices[part]: leaf[i], run)
             rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, number)}
-            (y, probabilities), recorded = module.apply(
+            (y, probabilities, kept_cache), recorded = module.apply(
                 {"params": params},
                 x,
-                mask,
-                bias,
+                context.within(windows[0] if alike else is_local),
+                cache=own_cache,
                 deterministic=dropout_key is None,
                 need_probabilities=need_attentions,
                 rngs=rngs,
                 mutable=[INPUTS] if record is not None else [],
             )
-            kept = record(recorded[INPUTS], mask) if record is not None else None
-            return y, (x if need_hidden_states else None, probabilities, kept)
+            kept = record(recorded[INPUTS], context.real) if record is not None else None
+            return y, (x if need_hidden_states else None, probabilities, kept, kept_cache)
 
-        steps = (jnp.arange(first, last), scanned, {part: local for part, (_, local) in picked.items()})
+        indices = {part: local for part, (_, local) in picked.items()}
+        steps = (jnp.arange(first, last), scanned, indices, cache, None if alike else jnp.asarray(windows))
         if last - first > 1:
             return jax.lax.scan(body, x, steps)
         one, outputs = body(x, jax.tree.map(lambda leaf: leaf[0], steps))

@@ -1,4 +1,4 @@
-"""The whole network: embeddings, layers, pooler and head, as `ModelConfig` says."""
+"""The whole network: embeddings, layers, final norm, pooler and head, as `ModelConfig` says."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from flaxcompress.config import ModelConfig
+from flaxcompress.nn.add_norm import Norm
+from flaxcompress.nn.cache import Cache, seen, slots_of
+from flaxcompress.nn.context import Context
 from flaxcompress.nn.embedding import Embedding
 from flaxcompress.nn.heads import HEADS, Pooler
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
+from flaxcompress.ops import both, frequencies, rotation, sight
 
 
 class TransformerOutput(NamedTuple):
@@ -26,6 +30,7 @@ class TransformerOutput(NamedTuple):
     hidden_states: Any = None
     attentions: Any = None
     recorded: Any = None
+    cache: Any = None
 
 
 class Transformer(nn.Module):
@@ -34,13 +39,26 @@ class Transformer(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        config = self.config
+        self.embedding = Embedding(config, self.dtype)
+        if config.relative_buckets:
+            self.relative_bias = RelativeBias(config)
+        self.layers = Stack(config)
+        if config.final_norm:
+            self.final_norm = Norm(config, "final_norm", self.dtype)
+        if config.pooler:
+            self.pooler = Pooler(config)
+        if config.head != "none":
+            self.head = HEADS[config.head](config)
+
     def __call__(
         self,
         ids: Integer[Array, "B T"],
         mask: Bool[Array, "B T"] | None = None,
         segments: Integer[Array, "B T"] | None = None,
         *,
+        cache: Cache | None = None,
         deterministic: bool = True,
         need_hidden_states: bool = False,
         need_attentions: bool = False,
@@ -49,37 +67,74 @@ class Transformer(nn.Module):
         vectors: Float[Array, "B T D"] | None = None,
     ) -> TransformerOutput:
         config = self.config
-        embedding = Embedding(config, self.dtype, name="embedding")
-        x = embedding(ids, segments, deterministic=deterministic, vectors=vectors)
-        bias = RelativeBias(config, name="relative_bias")(ids.shape[1]) if config.relative_buckets else None
-        out = Stack(config, name="layers")(
+        x, context, after = self.start(ids, mask, segments, cache, deterministic=deterministic, vectors=vectors)
+        out = self.layers(
             x,
-            mask,
-            bias,
+            context,
+            cache=None if cache is None else cache.layers,
             deterministic=deterministic,
             need_hidden_states=need_hidden_states,
             need_attentions=need_attentions,
             record=record,
         )
-        hidden = None
-        if need_hidden_states:
-            hidden = jnp.concatenate([out.hidden_states, out.x[None]])
-        pooled = Pooler(config, name="pooler")(out.x) if config.pooler else None
+        x = self.final_norm(out.x) if config.final_norm else out.x
+        hidden = jnp.concatenate([out.hidden_states, x[None]]) if need_hidden_states else None
+        pooled = self.pooler(x) if config.pooler else None
         logits = None
         if config.head != "none" and (need_logits or self.is_initializing()):
-            logits = HEADS[config.head](config, name="head")(out.x, embedding.token)
-        return TransformerOutput(out.x, pooled, logits, hidden, out.attentions, out.recorded)
+            logits = self.head(x, self.embedding.token)
+        kept = None if after is None else after._replace(layers=out.cache)
+        return TransformerOutput(x, pooled, logits, hidden, out.attentions, out.recorded, kept)
+
+    def start(
+        self,
+        ids: Integer[Array, "B T"],
+        mask: Bool[Array, "B T"] | None = None,
+        segments: Integer[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        deterministic: bool = True,
+        vectors: Float[Array, "B T E"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Context, Cache | None]:
+        """What the first layer gets, what all layers see beside it, and the cache's bookkeeping after these tokens.
+
+        Positions count the tokens that are not padding where there is a cache, and all tokens where there is none.
+        """
+        config, length = self.config, ids.shape[1]
+        positions, after, slots = None, None, None
+        if cache is None:
+            real, places, queries = mask, jnp.arange(length), jnp.arange(length)
+        else:
+            mask = jnp.ones(ids.shape, bool) if mask is None else mask
+            positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1) - 1, 0)
+            slots, queries = slots_of(cache, length), cache.length + jnp.arange(length)
+            real, places, after = seen(cache, config, mask, slots)
+        x = self.embedding(ids, segments, positions=positions, deterministic=deterministic, vectors=vectors)
+        wide, near = real, None
+        if config.causal or config.window:
+            wide = both(real, sight(queries, places, causal=config.causal))
+        if config.window:
+            near = both(real, sight(queries, places, causal=config.causal, window=config.window))
+        turned = {}
+        if config.rotary is not None:
+            positions = jnp.arange(length)[None] if positions is None else positions
+            for name, local in (("rotation", False), ("local_rotation", True)):
+                turned[name] = rotation(positions, frequencies(config.rotary, config.head_dim, local=local))
+        bias = self.relative_bias(length) if config.relative_buckets else None
+        return x, Context(real=mask, mask=wide, local_mask=near, bias=bias, slots=slots, **turned), after
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def first_input(
-    params: Any, ids: Integer[Array, "B T"], config: ModelConfig, dtype: Any, vectors: Float[Array, "B T E"]
-) -> tuple[Float[Array, "B T D"], Float[Array, "H T T"] | None]:
-    """What the first layer gets, x and the bias of all layers' scores, for methods that run layer by layer.
-
-    `vectors` are the token table's rows.
-    """
-    x = Embedding(config, dtype).apply({"params": params["embedding"]}, ids, vectors=vectors)
-    if not config.relative_buckets:
-        return x, None  # pyright: ignore[reportReturnType]
-    return x, RelativeBias(config).apply({"params": params["relative_bias"]}, ids.shape[1])  # pyright: ignore[reportReturnType]
+    params: Any,
+    ids: Integer[Array, "B T"],
+    config: ModelConfig,
+    dtype: Any,
+    mask: Bool[Array, "B T"],
+    vectors: Float[Array, "B T E"],
+) -> tuple[Float[Array, "B T D"], Context]:
+    """What the first layer gets, for methods that run layer by layer; `vectors` are the token table's rows."""
+    x, context, _ = Transformer(config, dtype).apply(
+        {"params": params}, ids, mask, vectors=vectors, method=Transformer.start
+    )  # pyright: ignore[reportGeneralTypeIssues]
+    return x, context

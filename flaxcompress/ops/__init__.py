@@ -1,18 +1,25 @@
 """What is computed, on plain arrays."""
 
 from flaxcompress.ops.activation import activate
-from flaxcompress.ops.attention import attend_values, attention_probabilities, dot_product_attention
+from flaxcompress.ops.attention import attend_values, attention_probabilities, both, dot_product_attention, sight
 from flaxcompress.ops.bits import on_host, pack, packed_width, unpack
-from flaxcompress.ops.norm import layer_norm
+from flaxcompress.ops.norm import layer_norm, rms_norm
+from flaxcompress.ops.rotary import frequencies, rotate, rotation
 
 __all__ = [
     "activate",
     "attend_values",
     "attention_probabilities",
+    "both",
     "dot_product_attention",
+    "frequencies",
     "layer_norm",
     "on_host",
     "pack",
     "packed_width",
+    "rms_norm",
+    "rotate",
+    "rotation",
+    "sight",
     "unpack",
 ]

@@ -1,0 +1,86 @@
+"""The key/value cache of decoding: static shapes, so that no step compiles anew."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from flaxcompress.config import ModelConfig
+
+
+class Cache(NamedTuple):
+    """What layers keep of the tokens so far; S slots, filled in turn and then from the start again (a ring).
+
+    Attributes:
+      layers: {"key": [L, B, S, K, d], "value": …}: what `Attention` keeps, stacked over layers.
+      real: [B, S] whether a slot holds a token that may be seen (padding may not).
+      places: [S] the place in the sequence of what a slot holds; the same for all rows.
+      length: how many places are filled so far, padding included.
+      counts: [B] how many tokens that are not padding each row has.
+    """
+
+    layers: Any
+    real: Bool[Array, "B S"]
+    places: Integer[Array, " S"]
+    length: Integer[Array, ""]
+    counts: Integer[Array, " B"]
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `length` tokens; no longer than the window where every layer has one."""
+    slots = cache_slots(config, length)
+    shape = (config.layers, batch, slots, config.groups, config.head_dim)
+    return Cache(
+        layers={"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)},
+        real=jnp.zeros((batch, slots), bool),
+        places=jnp.zeros(slots, jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+        counts=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def cache_slots(config: ModelConfig, length: int) -> int:
+    """How many tokens the cache of a sequence of `length` has to keep."""
+    return min(length, config.window + 1) if is_ring(config) else length
+
+
+def is_ring(config: ModelConfig) -> bool:
+    """Whether every layer has a window, so that slots can be used again."""
+    return config.window > 0 and all(config.local)
+
+
+def seen(cache: Cache, config: ModelConfig, real: Bool[Array, "B T"], slots: Integer[Array, " t"]):
+    """What tokens attend to, (real [B, S], places [S]), and the cache after them (see `Attention`)."""
+    after = advance(cache, real, slots)
+    if is_ring(config) and real.shape[1] > 1:
+        places = cache.length + jnp.arange(real.shape[1])
+        return jnp.concatenate([cache.real, real], 1), jnp.concatenate([cache.places, places]), after
+    return after.real, after.places, after
+
+
+def slots_of(cache: Cache, tokens: int) -> Integer[Array, " t"]:
+    """The slots of the next tokens; of more tokens than slots, only the last ones have one."""
+    slots = cache.real.shape[1]
+    last = min(tokens, slots)
+    return (cache.length + tokens - last + jnp.arange(last)) % slots
+
+
+def store(old: Float[Array, "B S *n"], new: Float[Array, "B T *n"], slots: Integer[Array, " t"]) -> Any:
+    """Puts what the last tokens leave into their slots."""
+    if slots.shape[0] == 1:
+        return jax.lax.dynamic_update_slice_in_dim(old, new[:, -1:].astype(old.dtype), slots[0], 1)
+    return old.at[:, slots].set(new[:, -slots.shape[0] :].astype(old.dtype))
+
+
+def advance(cache: Cache, real: Bool[Array, "B T"], slots: Integer[Array, " t"]) -> Cache:
+    """The cache's bookkeeping after some tokens; what layers keep is theirs to store."""
+    tokens, last = real.shape[1], slots.shape[0]
+    return cache._replace(
+        real=store(cache.real, real, slots),
+        places=cache.places.at[slots].set((cache.length + tokens - last + jnp.arange(last)).astype(jnp.int32)),
+        length=cache.length + tokens,
+        counts=cache.counts + real.sum(1, dtype=jnp.int32),
+    )
