@@ -19,6 +19,7 @@ from flaxcompress import storage, tree
 from flaxcompress.card import model_card
 from flaxcompress.config import ModelConfig, closest
 from flaxcompress.families import FAMILIES
+from flaxcompress.families.llama2c import find_checkpoint, read_checkpoint
 from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import read_assets, sentence_transformers_files, tokenizer_config_file
@@ -78,14 +79,22 @@ def _from_hub(name: str) -> Path:
 def load(name: str | Path, *, head: str | None = None) -> Model:
     """Loads a model from a Hugging Face folder, a folder of ours, a hub id, or "minilm"; without torch.
 
+    A checkpoint of llama2.c is loaded too: its .bin file, or the folder that holds it.
+
     Args:
-      head: "masked_lm" or "none" to override what config.json's architecture says.
+      head: "masked_lm", "causal_lm", … or "none" to override what config.json's architecture says.
 
     Raises:
       FileNotFoundError: no such folder or hub id, or no weights in it.
       ValueError: an unknown model_type, pickled weights, a damaged file, missing or unexpected tensors, or shapes that
         contradict the config.
     """
+    if (file := find_checkpoint(Path(name))) is not None:
+        config, flat, assets = read_checkpoint(file)
+        config = config if head is None else config.replace(head=head)
+        if head == "none":
+            flat.pop("head/output/kernel", None)
+        return Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
     folder = resolve(name)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -231,6 +240,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "vocab_size": config.vocabulary,
         "max_position_embeddings": config.positions,
         "pad_token_id": config.pad_token,
+        **({"eos_token_id": list(model.assets.end_tokens)} if model.assets.end_tokens else {}),
         "flaxcompress": config.to_json(),
         "flaxcompress_source": {
             "name": model.assets.source,

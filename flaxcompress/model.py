@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -15,8 +15,11 @@ from jaxtyping import Float
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import compute_dtype, encode_stream
+from flaxcompress.constraints import Constraint
 from flaxcompress.formats import nbytes, spec_of, stored_values
+from flaxcompress.generate import OnToken, Prompt, generate
 from flaxcompress.nn import Cache, Transformer, init_cache, is_ring
+from flaxcompress.sampling import Sampling
 from flaxcompress.text import Assets
 
 
@@ -117,6 +120,64 @@ class Model:
     ) -> Iterator[Float[np.ndarray, "n D"]]:
         """Yields the vectors of a stream of texts, in order, up to 8,192 at a time; memory stays bounded."""
         return encode_stream(self.params, self.config, self.assets, texts, batch_size=batch_size, progress=progress)
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        key: jax.Array | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        on_token: OnToken | None = None,
+        constraint: Constraint | None = None,
+        return_ids: bool = False,
+    ) -> Any:
+        """Continues prompts: the new text of each, or `Generated` with its token ids when asked for.
+
+        Greedy without a key, drawn with one. All prompts run in one batch; they may differ in length.
+
+        Args:
+          prompts: texts, or token ids; a single text gives a single answer.
+          max_new_tokens: tokens per answer at most.
+          key: for drawing; then the temperature is 1 unless given.
+          temperature, top_k, top_p, repetition_penalty: see `Sampling`.
+          beams: above 1, beam search (greedy in all else).
+          length_penalty: beams are ranked by log-probability / length ** length_penalty.
+          stop: texts at which an answer ends; they are cut off.
+          on_token: called with (prompt's number, id, new text) for every token as it comes.
+          constraint: tokens and phrases that may not, or alone may, come.
+
+        Raises:
+          ValueError: an empty prompt, ids outside the vocabulary, more tokens than positions, a model that does not
+            predict the next token, or settings that do not go together.
+        """
+        if temperature is None:
+            temperature = 0.0 if key is None else 1.0
+        rules = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+        )
+        found = generate(
+            self.params,
+            self.config,
+            self.assets,
+            [prompts] if isinstance(prompts, str) else prompts,
+            max_new_tokens=max_new_tokens,
+            rules=rules,
+            key=key,
+            beams=beams,
+            length_penalty=length_penalty,
+            stop=stop,
+            on_token=on_token,
+            constraint=constraint,
+        )
+        answers: list[Any] = found if return_ids else [answer.text for answer in found]
+        return answers[0] if isinstance(prompts, str) else answers
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,17 @@ from typing import Any
 import numpy as np
 
 from flaxcompress.config import closest
+from flaxcompress.tokenizer import make_tokenizer, read_options
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 POOLING_MODES = {
     "pooling_mode_mean_tokens": "mean",
@@ -59,6 +62,7 @@ class Assets:
       max_length: tokens per text, special tokens included.
       source: where the checkpoint came from, for the model card.
       licence: the source's licence, for the model card.
+      end_tokens: ids that end a generated text.
     """
 
     files: tuple[tuple[str, bytes], ...] = ()
@@ -66,11 +70,12 @@ class Assets:
     max_length: int = 512
     source: str = ""
     licence: str = ""
+    end_tokens: tuple[int, ...] = ()
 
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of the content."""
-        head = [self.pooling and dataclasses.astuple(self.pooling), self.max_length, self.source, self.licence]
+        head = [self.pooling and dataclasses.astuple(self.pooling), self.max_length, self.source, self.licence, self.end_tokens]
         digest = hashlib.sha256(json.dumps(head).encode())
         for name, content in self.files:
             digest.update(name.encode() + b"\0" + content)
@@ -89,7 +94,19 @@ class Assets:
     @property
     def has_tokenizer(self) -> bool:
         """Whether texts can be tokenized at all."""
-        return self.file("tokenizer.json") is not None or self.file("vocab.txt") is not None
+        return any(self.file(name) is not None for name in ("tokenizer.json", "vocab.txt", "merges.txt"))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template by which messages become one text, or None."""
+        if (content := self.file("chat_template.jinja")) is not None:
+            return content.decode("utf-8")
+        stated = read_options(self.file("tokenizer_config.json")).get("chat_template")
+        return stated if isinstance(stated, str) else None
+
+    def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts that token ids stand for, special tokens left out."""
+        return _live_tokenizer(self).decode_batch([list(row) for row in rows])
 
     def tokenize(self, texts: Sequence[str]) -> TokenBatch:
         """Token ids of `texts`, cut at `max_length`.
@@ -120,80 +137,6 @@ def _encoded(text: str) -> bytes | None:
 @functools.lru_cache(maxsize=8)
 def _live_tokenizer(assets: Assets):
     return make_tokenizer(assets.files, assets.max_length)
-
-
-def make_tokenizer(files: Sequence[tuple[str, bytes]], max_length: int):
-    """The `tokenizers.Tokenizer` of these files; truncation and padding embedded in tokenizer.json are ignored.
-
-    A folder with only a vocab.txt gets BERT's WordPiece, lower-casing as tokenizer_config.json says (default true).
-    """
-    import tokenizers
-
-    content = dict(files)
-    if "tokenizer.json" in content:
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(content["tokenizer.json"].decode("utf-8"))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"tokenizer.json cannot be read: {error}") from None
-    elif "vocab.txt" in content:
-        tokenizer = _word_piece(content)
-    else:
-        raise ValueError("the checkpoint has no tokenizer: put tokenizer.json or vocab.txt beside its config.json")
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    return tokenizer
-
-
-def _word_piece(content: dict[str, bytes]):
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    vocabulary = {line: i for i, line in enumerate(vocabulary_lines(content["vocab.txt"]))}
-    options = _options(content.get("tokenizer_config.json"))
-    unknown, cls, sep = (
-        _token(options.get(name), default)
-        for name, default in (("unk_token", "[UNK]"), ("cls_token", "[CLS]"), ("sep_token", "[SEP]"))
-    )
-    for token in (unknown, cls, sep):
-        if token not in vocabulary:
-            raise ValueError(f"vocab.txt has no {token!r} among its {len(vocabulary)} entries: not a BERT vocabulary?")
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=options.get("do_lower_case", True),
-        strip_accents=options.get("strip_accents"),
-        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.BertProcessing((sep, vocabulary[sep]), (cls, vocabulary[cls]))
-    special = {_token(options.get(f"{n}_token"), f"[{n.upper()}]") for n in ("unk", "cls", "sep", "pad", "mask")}
-    tokenizer.add_special_tokens(sorted(special & set(vocabulary)))
-    return tokenizer
-
-
-def vocabulary_lines(content: bytes) -> list[str]:
-    """The tokens of a vocab.txt in id order; only \n, \r\n and \r end a line, as tokens may hold rarer separators."""
-    try:
-        text = io.TextIOWrapper(io.BytesIO(content), "utf-8").read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"vocab.txt: not UTF-8 at byte {error.start}: the file is damaged") from None
-    return text.removesuffix("\n").split("\n")
-
-
-def _options(content: bytes | None) -> dict[str, Any]:
-    """tokenizer_config.json as an object."""
-    try:
-        options = json.loads(content or b"{}")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer_config.json: not valid JSON ({error})") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"tokenizer_config.json: expected an object, got {type(options).__name__}")
-    return options
-
-
-def _token(value: Any, default: str) -> str:
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value or default
 
 
 def _json(path: Path) -> Any:
@@ -260,7 +203,25 @@ def read_assets(folder: Path, *, positions: int, source: str) -> Assets:
         if given is not None and (not isinstance(given, int) or given < 1):
             raise ValueError(f"{sentence_config}: max_seq_length must be a positive integer, got {given!r}")
         limit = min(given or positions, positions)
-    return Assets(files=files, pooling=read_pooling(folder), max_length=limit, source=source, licence=_licence(folder))
+    return Assets(
+        files=files,
+        pooling=read_pooling(folder),
+        max_length=limit,
+        source=source,
+        licence=_licence(folder),
+        end_tokens=_end_tokens(folder),
+    )
+
+
+def _end_tokens(folder: Path) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, or of config.json: one id or several."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (stated := _object(folder / name).get("eos_token_id")) is not None:
+            ids = stated if isinstance(stated, list) else [stated]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+                raise ValueError(f"{folder / name}: eos_token_id must be one id or a list of ids, got {stated!r}")
+            return tuple(ids)
+    return ()
 
 
 def _licence(folder: Path) -> str:
@@ -282,7 +243,7 @@ def tokenizer_config_file(assets: Assets) -> dict[str, str]:
     """{"tokenizer_config.json": text}: the class and length limit that transformers reads; empty without tokenizer."""
     if not assets.has_tokenizer:
         return {}
-    options = _options(assets.file("tokenizer_config.json"))
+    options = read_options(assets.file("tokenizer_config.json"))
     options.setdefault("tokenizer_class", "BertTokenizer")
     options["model_max_length"] = assets.max_length
     return {"tokenizer_config.json": json.dumps(options, indent=2)}

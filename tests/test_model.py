@@ -656,7 +656,7 @@ def test_vocab_txt_lines_end_only_at_newlines(newline, tmp_path):
 
 
 def test_truncation_and_padding_inside_tokenizer_json_are_ignored(tmp_path):
-    from flaxcompress.text import make_tokenizer
+    from flaxcompress.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer((("vocab.txt", "\n".join(VOCABULARY).encode()),), 32)
     tokenizer.enable_truncation(4)

@@ -43,7 +43,8 @@ from flaxcompress.formats import (
 from flaxcompress.formats.banded import Bands
 from flaxcompress.formats.bucketed import MAX_TIERS
 from flaxcompress.model import Model, replace_matrices
-from flaxcompress.text import Assets, vocabulary_lines
+from flaxcompress.text import Assets
+from flaxcompress.tokenizer import vocabulary_lines
 
 TOKEN = "embedding/token"
 _SIZES = ("rank", "keep", "tiers", "target_bytes", "average_bits")

@@ -34,7 +34,10 @@ class TransformerOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """[B, T] token ids -> `TransformerOutput`; computes in `dtype`, norms and softmax in float32."""
+    """[B, T] token ids -> `TransformerOutput`; computes in `dtype`, norms and softmax in float32.
+
+    With `last_logits` a language-modelling head sees the last token only.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
@@ -63,6 +66,7 @@ class Transformer(nn.Module):
         need_hidden_states: bool = False,
         need_attentions: bool = False,
         need_logits: bool = True,
+        last_logits: bool = False,
         record: Record | None = None,
         vectors: Float[Array, "B T D"] | None = None,
     ) -> TransformerOutput:
@@ -82,7 +86,7 @@ class Transformer(nn.Module):
         pooled = self.pooler(x) if config.pooler else None
         logits = None
         if config.head != "none" and (need_logits or self.is_initializing()):
-            logits = self.head(x, self.embedding.token)
+            logits = self.head(x[:, -1:] if last_logits else x, self.embedding.token)
         kept = None if after is None else after._replace(layers=out.cache)
         return TransformerOutput(x, pooled, logits, hidden, out.attentions, out.recorded, kept)
 
