@@ -25,6 +25,7 @@ class _Beams(NamedTuple):
       tokens, scores: [B, n, N] and [B, n], the sum of log-probabilities, of those that run.
       best_tokens, best_scores, best_lengths: of those that ended; scores divided by length ** penalty.
       ended: [B, n] whether a place among the finished is taken.
+      open: [B] whether a running one may still beat the worst finished one.
       logits: [B·n, V] for the next tokens.
     """
 
@@ -35,6 +36,7 @@ class _Beams(NamedTuple):
     best_scores: Float[Array, "B n"]
     best_lengths: Integer[Array, "B n"]
     ended: Bool[Array, "B n"]
+    open: Bool[Array, " B"]
     logits: Float[Array, "b V"]
     cache: Cache
 
@@ -85,14 +87,13 @@ def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_t
         best_scores=jnp.full((batch, beams), _NEVER),
         best_lengths=jnp.zeros((batch, beams), jnp.int32),
         ended=jnp.zeros((batch, beams), bool),
+        open=jnp.ones(batch, bool),
         logits=out.logits[:, -1],
         cache=out.cache,
     )
 
     def going(state: _Beams):
-        worst = jnp.where(state.ended.all(-1), state.best_scores.min(-1), -jnp.inf)
-        hope = state.scores[:, 0] / jnp.maximum(state.step, 1).astype(jnp.float32) ** penalty
-        return (state.step < new) & (hope > worst).any()
+        return (state.step < new) & state.open.any()
 
     def step(state: _Beams) -> _Beams:
         scores = jax.nn.log_softmax(state.logits.astype(jnp.float32)).reshape(batch, beams, -1) + state.scores[..., None]
@@ -100,16 +101,15 @@ def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_t
         beam, token = place // config.vocabulary, (place % config.vocabulary).astype(jnp.int32)
         tokens = _chosen(state.tokens, beam).at[:, :, state.step].set(token)
         ends = (token[..., None] == end).any(-1)
-        # Those that end, among the first n, compete with the finished ones.
-        taken = ends & (jnp.arange(2 * beams) < beams)
-        worst = jnp.where(state.ended.all(-1), state.best_scores.min(-1), -jnp.inf)
-        still = (state.scores[:, 0] / jnp.maximum(state.step, 1).astype(jnp.float32) ** penalty > worst)[:, None]
-        ranked = jnp.where(taken & still, found / (state.step + 1).astype(jnp.float32) ** penalty, _NEVER)
+        # Those that end, or are cut at the limit, compete with the finished ones if they are among the first n.
+        taken = (ends | (state.step + 1 == new)) & (jnp.arange(2 * beams) < beams) & state.open[:, None]
+        length = (state.step + 1).astype(jnp.float32) ** penalty
+        ranked = jnp.where(taken, found / length, _NEVER)
         best_scores, index = jax.lax.top_k(jnp.concatenate([state.best_scores, ranked], 1), beams)
         best_tokens = _chosen(jnp.concatenate([state.best_tokens, tokens], 1), index)
         lengths = jnp.broadcast_to(state.step + 1, ranked.shape)
         best_lengths = _chosen(jnp.concatenate([state.best_lengths, lengths], 1), index)
-        ended = _chosen(jnp.concatenate([state.ended, taken & still], 1), index)
+        ended = _chosen(jnp.concatenate([state.ended, taken], 1), index)
         # The n best that do not end run on.
         running, index = jax.lax.top_k(jnp.where(ends, _NEVER, found), beams)
         parent = _chosen(beam, index) + jnp.arange(batch)[:, None] * beams
@@ -118,16 +118,21 @@ def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_t
             layers=moved, real=state.cache.real[_rows(parent)], counts=state.cache.counts[_rows(parent)]
         )
         kept = _chosen(tokens, index)
+        worst = jnp.where(ended.all(-1), best_scores.min(-1), _NEVER)
+        still = state.open & (running[:, 0] / length > worst)
         out = net.apply({"params": params}, _rows(_chosen(token, index))[:, None], cache=cache)
         return _Beams(
-            state.step + 1, kept, running, best_tokens, best_scores, best_lengths, ended, out.logits[:, -1], out.cache
+            step=state.step + 1,
+            tokens=kept,
+            scores=running,
+            best_tokens=best_tokens,
+            best_scores=best_scores,
+            best_lengths=best_lengths,
+            ended=ended,
+            open=still,
+            logits=out.logits[:, -1],
+            cache=out.cache,
         )
 
     last = jax.lax.while_loop(going, step, start)
-    ranked = last.scores / jnp.maximum(last.step, 1).astype(jnp.float32) ** penalty
-    ranked = jnp.where(last.ended.all(-1, keepdims=True), _NEVER, ranked)
-    scores = jnp.concatenate([last.best_scores, ranked], 1)
-    tokens = jnp.concatenate([last.best_tokens, last.tokens], 1)
-    lengths = jnp.concatenate([last.best_lengths, jnp.broadcast_to(last.step, ranked.shape)], 1)
-    best = jnp.argmax(scores, axis=1)[:, None]
-    return _chosen(tokens, best)[:, 0], _chosen(lengths, best)[:, 0]
+    return last.best_tokens[:, 0], last.best_lengths[:, 0]  # the best is the first
