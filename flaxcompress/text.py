@@ -104,6 +104,19 @@ class Assets:
         stated = read_options(self.file("tokenizer_config.json")).get("chat_template")
         return stated if isinstance(stated, str) else None
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """{"bos_token": "<s>", …} as tokenizer_config.json states them."""
+        options = read_options(self.file("tokenizer_config.json"))
+        names = (f"{n}_token" for n in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"))
+        stated = {name: options.get(name) for name in names}
+        stated = {n: v.get("content") if isinstance(v, dict) else v for n, v in stated.items()}
+        return {n: v for n, v in stated.items() if isinstance(v, str)}
+
+    def tokenize_parts(self, text: str) -> list[int]:
+        """Token ids of a text that holds its special tokens already: none is put around it."""
+        return _live_tokenizer(self).encode(text, add_special_tokens=False).ids
+
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts that token ids stand for, special tokens left out."""
         return _live_tokenizer(self).decode_batch([list(row) for row in rows])

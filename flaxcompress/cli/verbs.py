@@ -8,6 +8,7 @@ from flaxcompress.cli.compress import Compress
 from flaxcompress.cli.encode import Encode
 from flaxcompress.cli.evaluate import Evaluate
 from flaxcompress.cli.export import Export
+from flaxcompress.cli.generate import Generate
 from flaxcompress.cli.inspect import Inspect
 
 VERBS: dict[str, type[Verb]] = {
@@ -15,6 +16,7 @@ VERBS: dict[str, type[Verb]] = {
     "compress": Compress,
     "evaluate": Evaluate,
     "encode": Encode,
+    "generate": Generate,
     "bench": Bench,
     "export": Export,
 }

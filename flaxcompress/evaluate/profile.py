@@ -12,8 +12,10 @@ import jax
 
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.encoding import compute_dtype
 from flaxcompress.formats import matmul_flops, nbytes, spec_of, stored_values, take_flops
 from flaxcompress.model import Model
+from flaxcompress.nn import init_cache
 
 REST = "norms and biases"
 _PARTS = (  # the first full match decides; what matches none is `REST`
@@ -21,7 +23,8 @@ _PARTS = (  # the first full match decides; what matches none is `REST`
     ("positions and segments", r"embedding/(position|segment)"),
     ("attention", r"layers/\d+/attention/.*/kernel"),
     ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
-    (REST, r"layers/.*|embedding/.*"),
+    (REST, r"layers/.*|embedding/.*|final_norm/.*"),
+    ("relative positions", r"relative_bias/.*"),
     ("pooler", r"pooler/.*"),
     ("head", r"head/.*"),
 )
@@ -53,7 +56,7 @@ class Profile:
     name: str
     length: int
     parts: tuple[PartCost, ...]
-    cache_bytes_per_token: int = 0
+    cache_bytes_per_token: int
 
     @property
     def params(self) -> int:
@@ -109,8 +112,8 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     """Counts what `model` stores and computes; its params may be abstract (`jax.eval_shape`), nothing is run.
 
     Args:
-      length: T, the tokens of a sequence: the attention core takes 4·T·D operations per token and layer, the pooler
-        runs once per sequence.
+      length: T, the tokens of a sequence: the attention core takes 4·T·H·d operations per token and layer (as if every
+        token saw all others, as the plain implementation computes it), the pooler runs once per sequence.
 
     Raises ValueError for a length outside 1 … positions.
     """
@@ -126,8 +129,8 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     for part in [name for name, _ in _PARTS if name in members]:
         flops = sum(_flops(config, address, node, length) for address, node in members[part].items())
         if part == "attention":
-            flops += config.layers * 4.0 * length * config.width
-        if part == "head":
+            flops += config.layers * 4.0 * length * config.heads * config.head_dim
+        if part == "head" and config.head == "masked_lm":
             flops += matmul_flops(nodes["embedding/token"])  # the tied output, x @ tableᵀ
         rows.append(
             PartCost(
@@ -138,7 +141,23 @@ def profile(model: Model, *, length: int = 128) -> Profile:
                 format=_formats(members[part].values()),
             )
         )
-    return Profile(name=model.assets.source or f"{config.family} model", length=length, parts=tuple(rows))
+    if config.head == "causal_lm" and config.tied:  # a head without weights of its own
+        flops = float(matmul_flops(nodes["embedding/token"]))
+        rows.append(PartCost(part="head", weights=0, bytes=0, flops_per_token=flops, format="the token table"))
+    return Profile(
+        name=model.assets.source or f"{config.family} model",
+        length=length,
+        parts=tuple(rows),
+        cache_bytes_per_token=cache_bytes(config),
+    )
+
+
+def cache_bytes(config: ModelConfig) -> int:
+    """Bytes that the key/value cache holds for a token, in the compute dtype; 0 for models without one."""
+    if not config.causal:
+        return 0
+    shapes = jax.eval_shape(lambda: init_cache(config, 1, 1, compute_dtype()).layers)
+    return sum(nbytes(leaf) for leaf in jax.tree.leaves(shapes))
 
 
 def part_of(address: str) -> str:
