@@ -52,3 +52,67 @@ def test_tokens_equal_those_of_transformers(family, number, beams, tmp_path):
     for ours, theirs in zip(got, want[:, 5:].tolist(), strict=True):
         end = theirs.index(2) + 1 if 2 in theirs else len(theirs)
         assert ours.ids == theirs[:end]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_saved_folder_generates_the_same_in_pytorch(family, tmp_path):
+    network, seed = families.drawn(family, "causal_lm", 1, tmp_path / "theirs")
+    fc.save(fc.load(tmp_path / "theirs"), tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    _, ids, mask = prompts(network.config, seed)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    with torch.no_grad():
+        families.close(
+            again(input_ids=ids, attention_mask=mask).logits,
+            fc.load(tmp_path / "ours")(ids.numpy(), mask.numpy()).logits,
+            mask.numpy() != 0,
+        )
+        for beams in (1, 2):
+            got, want = (net.generate(ids, attention_mask=mask, num_beams=beams, **settings) for net in (again, network))
+            assert got.tolist() == want.tolist()
+
+
+def test_penalties_equal_those_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
+
+    from flaxcompress.sampling import NEVER, filter_top_p, penalize
+
+    rng = np.random.default_rng(0)
+    logits, ids = rng.normal(size=(4, 30)).astype(np.float32) * 3, rng.integers(0, 30, (4, 6))
+    seen = np.zeros((4, 30), bool)
+    seen[np.arange(4)[:, None], ids] = True
+    want = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(ids), torch.tensor(logits)).numpy()
+    np.testing.assert_allclose(penalize(jnp.asarray(logits), jnp.asarray(seen), 1.3), want, rtol=1e-6)
+    want = TopPLogitsWarper(0.8)(torch.tensor(ids), torch.tensor(logits)).numpy()
+    assert ((np.asarray(filter_top_p(jnp.asarray(logits), 0.8)) > NEVER) == np.isfinite(want)).all()
+
+
+def test_chats_are_written_as_transformers_writes_them(tmp_path):
+    from flaxcompress.chat import render_chat
+    from flaxcompress.text import Assets, read_assets
+
+    template = (
+        "{{ bos_token }}{% for m in messages %}\n"
+        "{% if m['role'] not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}\n"
+        "[{{ m['role'] }}] {{ m['content'] | trim }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    from flaxcompress.tokenizer import sentence_piece_bpe
+
+    characters = sorted(set("[userantasisthello, hi]▁</\n"))
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -float(i)) for i, c in enumerate(characters))]
+    (tmp_path / "tokenizer.json").write_text(sentence_piece_bpe(pieces))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}'
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "config.json").write_text("{}")
+    assets = read_assets(tmp_path, positions=64, source="x")
+    messages = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "hi"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for answer in (True, False):
+        want = theirs.apply_chat_template(messages, add_generation_prompt=answer, return_dict=False)
+        assert render_chat(assets, messages, answer=answer) == list(want)
+    with pytest.raises(ValueError, match="no such role"):
+        render_chat(assets, [{"role": "wizard", "content": "hi"}])
+    with pytest.raises(ValueError, match="no chat template"):
+        render_chat(Assets(), messages)
