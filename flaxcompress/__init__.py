@@ -11,8 +11,9 @@ from flaxcompress.compress import (
     Trim,
     compress,
 )
-from flaxcompress.config import ModelConfig, Sharing
+from flaxcompress.config import ModelConfig, Rotary, Sharing
 from flaxcompress.data import CalibrationText, calibration_text
+from flaxcompress.decoding import Constraint, Generated
 from flaxcompress.evaluate import Report, evaluate, profile
 from flaxcompress.export import export
 from flaxcompress.folder import load, save
@@ -25,7 +26,9 @@ __all__ = [
     "Assets",
     "BitsFor",
     "CalibrationText",
+    "Constraint",
     "FactorizeEmbedding",
+    "Generated",
     "Heal",
     "LowRank",
     "Model",
@@ -35,6 +38,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "Report",
+    "Rotary",
     "Sharing",
     "TierSetting",
     "Trim",

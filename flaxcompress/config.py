@@ -204,7 +204,7 @@ class ModelConfig:
     query_key_norm: bool = False
     causal: bool = False
     window: int = 0
-    local: tuple[bool, ...] | None = None
+    local: tuple[bool, ...] = None  # pyright: ignore[reportAssignmentType]  (None: all, where there is a window)
     rotary: Rotary | None = None
     learned_positions: bool = True
     embedding_norm: bool = True
@@ -250,7 +250,9 @@ class ModelConfig:
             raise ValueError(f"config: rotary positions turn pairs, but a head is {self.head_dim} wide")
         for name, known in (("norm", NORMS), ("norm_place", NORM_PLACES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"config: unknown {name} {getattr(self, name)!r}; {closest(getattr(self, name), known)}")
+                raise ValueError(
+                    f"config: unknown {name} {getattr(self, name)!r}; {closest(getattr(self, name), known)}"
+                )
         local = (self.window > 0,) * self.layers if self.local is None else tuple(bool(x) for x in self.local)
         object.__setattr__(self, "local", local)
         if len(local) != self.layers:
@@ -294,6 +296,8 @@ class ModelConfig:
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""
+        if len(set(self.local)) == 1 and "local" not in changes:  # all layers alike, whatever their number
+            changes["local"] = None
         return dataclasses.replace(self, **changes)
 
     def with_format(self, address: str, spec: Mapping[str, Any]) -> ModelConfig:
@@ -317,7 +321,7 @@ class ModelConfig:
         """A JSON object; `from_json` is its inverse."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["sharing"] = {part: list(getattr(self.sharing, part)) for part in PARTS}
-        out["local"] = list(self.local)  # pyright: ignore[reportArgumentType]
+        out["local"] = list(self.local)
         out["rotary"] = None if self.rotary is None else dataclasses.asdict(self.rotary)
         out["formats"] = [[rule.pattern, _thaw(rule.spec)] for rule in self.formats]
         return out

@@ -14,12 +14,10 @@ from jaxtyping import Float
 
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
+from flaxcompress.decoding import Constraint, OnToken, Prompt, Sampling, generate
 from flaxcompress.encoding import compute_dtype, encode_stream
-from flaxcompress.constraints import Constraint
 from flaxcompress.formats import nbytes, spec_of, stored_values
-from flaxcompress.generate import OnToken, Prompt, generate
 from flaxcompress.nn import Cache, Transformer, init_cache, is_ring
-from flaxcompress.sampling import Sampling
 from flaxcompress.text import Assets
 
 
@@ -77,7 +75,15 @@ class Model:
         if cache is not None:
             check_cache(self.config, cache, ids)
         out = _forward(
-            self.params, ids, mask, segments, cache, self.config, compute_dtype(), output_hidden_states, output_attentions
+            self.params,
+            ids,
+            mask,
+            segments,
+            cache,
+            self.config,
+            compute_dtype(),
+            output_hidden_states,
+            output_attentions,
         )
         split = lambda x: None if x is None else tuple(x)  # noqa: E731
         return ModelOutput(
@@ -95,7 +101,9 @@ class Model:
         Raises ValueError for a model that is not causal, and for more tokens than positions.
         """
         if not self.config.causal:
-            raise ValueError(f"cache: a {self.config.family} model sees later tokens too; only causal ones have a cache")
+            raise ValueError(
+                f"cache: a {self.config.family} model sees later tokens too; only causal ones have a cache"
+            )
         if not 1 <= length <= self.config.positions or batch < 1:
             raise ValueError(
                 f"cache: {batch} sequences of {length} tokens; the model has {self.config.positions} positions"
@@ -159,9 +167,7 @@ class Model:
         """
         if temperature is None:
             temperature = 0.0 if key is None else 1.0
-        rules = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-        )
+        rules = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
         found = generate(
             self.params,
             self.config,
@@ -225,7 +231,9 @@ def check_cache(config: ModelConfig, cache: Cache, ids: Any) -> None:
         return
     total, most = int(cache.length) + ids.shape[1], config.positions if is_ring(config) else slots
     if total > most:
-        raise ValueError(f"cache: {int(cache.length)} tokens and {ids.shape[1]} more are over its {most}; make it longer")
+        raise ValueError(
+            f"cache: {int(cache.length)} tokens and {ids.shape[1]} more are over its {most}; make it longer"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))

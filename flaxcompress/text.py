@@ -75,7 +75,13 @@ class Assets:
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of the content."""
-        head = [self.pooling and dataclasses.astuple(self.pooling), self.max_length, self.source, self.licence, self.end_tokens]
+        head = [
+            self.pooling and dataclasses.astuple(self.pooling),
+            self.max_length,
+            self.source,
+            self.licence,
+            self.end_tokens,
+        ]
         digest = hashlib.sha256(json.dumps(head).encode())
         for name, content in self.files:
             digest.update(name.encode() + b"\0" + content)

@@ -11,7 +11,8 @@ from typing import Any
 def make_tokenizer(files: Sequence[tuple[str, bytes]], max_length: int):
     """The `tokenizers.Tokenizer` of these files; truncation and padding embedded in tokenizer.json are ignored.
 
-    Vocab.json and merges.txt are read as GPT-2's BPE of bytes. A folder with only a vocab.txt gets BERT's WordPiece, lower-casing as tokenizer_config.json says (default true).
+    Without it, vocab.json and merges.txt are read as GPT-2's BPE of bytes, and a vocab.txt as BERT's WordPiece,
+    lower-casing as tokenizer_config.json says (default true).
     """
     import tokenizers
 
@@ -26,7 +27,10 @@ def make_tokenizer(files: Sequence[tuple[str, bytes]], max_length: int):
     elif "merges.txt" in content and "vocab.json" in content:
         tokenizer = _byte_level_bpe(content)
     else:
-        raise ValueError("the checkpoint has no tokenizer: put tokenizer.json, vocab.txt, or vocab.json and merges.txt beside its config.json")
+        raise ValueError(
+            "the checkpoint has no tokenizer: put tokenizer.json, vocab.txt, or vocab.json and merges.txt beside its "
+            "config.json"
+        )
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer
@@ -90,7 +94,7 @@ def _byte_level_bpe(content: dict[str, bytes]):
     try:
         vocabulary = json.loads(content["vocab.json"])
         lines = content["merges.txt"].decode("utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        merges: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"vocab.json and merges.txt cannot be read: {error}") from None

@@ -142,7 +142,7 @@ def test_rules_are_frozen_and_hashable():
 def test_replace_validates_again():
     with pytest.raises(ValueError, match="not divisible"):
         small().replace(width=13)
-    assert small().head_width == 4
+    assert small().head_dim == 4
 
 
 def test_closest():

@@ -12,9 +12,9 @@ import pytest
 
 import flaxcompress as fc
 from flaxcompress.config import ModelConfig, Rotary
-from flaxcompress.constraints import Constraint
-from flaxcompress.generate import _decode, _prefill
-from flaxcompress.sampling import NEVER, Sampling, choose, filter_top_k, filter_top_p, penalize
+from flaxcompress.decoding.constraints import Constraint
+from flaxcompress.decoding.generate import _decode, _prefill
+from flaxcompress.decoding.sampling import NEVER, Sampling, choose, filter_top_k, filter_top_p, penalize
 
 V = 40
 
@@ -110,7 +110,9 @@ def test_decoding_compiles_once_whatever_is_generated():
     chex.clear_trace_counter()
     prefill = jax.jit(chex.assert_max_traces(_prefill.__wrapped__, n=1), static_argnums=(4, 5, 6, 7))
     decode = jax.jit(chex.assert_max_traces(_decode.__wrapped__, n=1), static_argnums=(2, 3, 4, 5))
-    from flaxcompress import generate as module
+    import importlib
+
+    module = importlib.import_module("flaxcompress.decoding.generate")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_prefill", prefill)

@@ -381,7 +381,7 @@ def test_callers_mistakes_are_named(everything):
     net = everything.torch
     with pytest.raises(ValueError, match="17 tokens, but the model has 16 positions"):
         net(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"attention_mask: shape \[1, 4\] differs from input_ids' \[1, 5\]"):
+    with pytest.raises(ValueError, match=r"attention_mask: shape \[1, 4\] is not \[1, 5\]"):
         net(torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 4))
     with pytest.raises(IndexError):
         net(torch.full((1, 5), 97))

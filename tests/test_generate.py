@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,14 +67,16 @@ def test_a_saved_folder_generates_the_same_in_pytorch(family, tmp_path):
             mask.numpy() != 0,
         )
         for beams in (1, 2):
-            got, want = (net.generate(ids, attention_mask=mask, num_beams=beams, **settings) for net in (again, network))
+            got, want = (
+                net.generate(ids, attention_mask=mask, num_beams=beams, **settings) for net in (again, network)
+            )
             assert got.tolist() == want.tolist()
 
 
 def test_penalties_equal_those_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
-    from flaxcompress.sampling import NEVER, filter_top_p, penalize
+    from flaxcompress.decoding.sampling import NEVER, filter_top_p, penalize
 
     rng = np.random.default_rng(0)
     logits, ids = rng.normal(size=(4, 30)).astype(np.float32) * 3, rng.integers(0, 30, (4, 6))
@@ -88,13 +89,14 @@ def test_penalties_equal_those_of_transformers():
 
 
 def test_chats_are_written_as_transformers_writes_them(tmp_path):
-    from flaxcompress.chat import render_chat
+    from flaxcompress.decoding.chat import render_chat
     from flaxcompress.text import Assets, read_assets
 
     template = (
         "{{ bos_token }}{% for m in messages %}\n"
         "{% if m['role'] not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}\n"
-        "[{{ m['role'] }}] {{ m['content'] | trim }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "[{{ m['role'] }}] {{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     from flaxcompress.tokenizer import sentence_piece_bpe
 

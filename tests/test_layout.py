@@ -16,15 +16,29 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
 # A unit (a file or a folder of the package) imports only from units to its left. `storage` and `progress` are helpers
-# beside `text`, `card` is one of `folder`, `encoding` one of `model`.
+# beside `text`, `tokenizer` before it, `card` is one of `folder`, `encoding` and
+# `decoding` are of `model`.
 ORDER = (
-    *("config", "text", "storage", "progress", "tree", "linalg", "kernels", "ops", "formats", "nn", "families"),
+    *(
+        "config",
+        "tokenizer",
+        "text",
+        "storage",
+        "progress",
+        "tree",
+        "linalg",
+        "kernels",
+        "ops",
+        "formats",
+        "nn",
+        "families",
+    ),
     *(
         "card",
         "encoding",
+        "decoding",
         "model",
         "folder",
-        "generate",
         "data",
         "evaluate",
         "train",
@@ -38,7 +52,6 @@ ORDER = (
 )
 # (importing file, imported unit): why this import, made at call time, may point to the right.
 LATE = {
-    ("model.py", "generate"): "Model.generate is a shorthand for the function, which needs Model",
     ("model.py", "evaluate"): "the saved report's page is drawn by evaluate",
 }
 EVERYWHERE = {

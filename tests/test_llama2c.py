@@ -26,7 +26,8 @@ def baby(data_dir):
 
 @pytest.fixture(scope="module")
 def texts(data_dir):
-    content = gzip.open(data_dir / "tinystories" / "sample_2mib.txt.gz", "rt", encoding="utf-8").read()
+    with gzip.open(data_dir / "tinystories" / "sample_2mib.txt.gz", "rt", encoding="utf-8") as stream:
+        content = stream.read()
     return [story.strip() for story in content.split("<|endoftext|>")[:40]]
 
 
@@ -110,7 +111,13 @@ def test_untied_heads_and_missing_tokenizers(tmp_path):
 @pytest.mark.parametrize("change", ["short", "long", "text", "pickle"])
 def test_other_files_are_refused(change, tmp_path, data_dir):
     content = (data_dir / "models" / "stories260K" / "stories260K.bin").read_bytes()
-    content = {"short": content[:-4], "long": content + b"1234", "text": b"hello", "pickle": b"\x80\x02" + content}[change]
+    damaged = {
+        "short": content[:-4],
+        "long": content + b"1234",
+        "text": b"hello",
+        "pickle": b"\x80\x02" + content,
+    }
+    content = damaged[change]
     (tmp_path / "model.bin").write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         fc.load(tmp_path / "model.bin")

@@ -22,7 +22,7 @@ from flaxcompress.encoding import bucket_length, pool
 from flaxcompress.folder import load, save
 from flaxcompress.formats import Bucketed, LowRank
 from flaxcompress.model import Model, init_params
-from flaxcompress.nn import Layer, Stack
+from flaxcompress.nn import Context, Layer, Stack
 from flaxcompress.text import Assets, Pooling, read_assets, read_pooling
 
 EPS = float(np.finfo(np.float32).eps)
@@ -719,7 +719,7 @@ def unrolled(copies: list[dict], x, mask, c):
     def loss(copies):
         y = x
         for params in copies:
-            y, _ = Layer(FOUR, (0, 0, 0)).apply({"params": params}, y, mask)
+            y, *_ = Layer(FOUR, (0, 0, 0)).apply({"params": params}, y, Context(mask=mask))
         return (y * c).sum(), y
 
     (_, y), gradients = jax.value_and_grad(loss, has_aux=True)(copies)
@@ -735,7 +735,7 @@ def test_gradient_of_a_shared_set_is_the_sum_over_its_uses(name):
     @jax.jit
     def scanned(layers):
         def loss(layers):
-            y = Stack(config).apply({"params": layers}, x, mask).x
+            y = Stack(config).apply({"params": layers}, x, Context(mask=mask)).x
             return (y * c).sum(), y
 
         (_, y), gradients = jax.value_and_grad(loss, has_aux=True)(layers)
@@ -781,7 +781,7 @@ def test_runs_of_different_formats_equal_the_loop(name):
     assert len(layers["feed_forward"]) > 1
     x, mask, c = batch(config)
     dense = [jax.tree.map(_dense, p, is_leaf=lambda n: isinstance(n, LowRank)) for p in per_layer(config, layers)]
-    out = jax.jit(lambda layers: Stack(config).apply({"params": layers}, x, mask, need_hidden_states=True))(layers)
+    out = jax.jit(lambda layers: Stack(config).apply({"params": layers}, x, Context(mask=mask), need_hidden_states=True))(layers)
     want, _ = unrolled(dense, x, mask, c)
     rounding = 64 * config.layers * EPS * math.sqrt(config.feed_forward_width)
     np.testing.assert_allclose(out.x, want, rtol=0, atol=rounding * np.abs(want).max())
@@ -802,18 +802,18 @@ def test_dropout_of_layer_l_draws_from_the_folded_key():
 
     @jax.jit
     def scanned(layers):
-        return Stack(config).apply({"params": layers}, x, mask, deterministic=False, rngs={"dropout": key}).x
+        return Stack(config).apply({"params": layers}, x, Context(mask=mask), deterministic=False, rngs={"dropout": key}).x
 
     @jax.jit
     def loop(copies, key):
         y = x
         for number, params in enumerate(copies):
             rngs = {"dropout": jax.random.fold_in(key, number)}
-            y, _ = Layer(config, (0, 0, 0)).apply({"params": params}, y, mask, deterministic=False, rngs=rngs)
+            y, *_ = Layer(config, (0, 0, 0)).apply({"params": params}, y, Context(mask=mask), deterministic=False, rngs=rngs)
         return y
 
     got = scanned(layers)
-    assert not np.allclose(got, jax.jit(lambda p: Stack(config).apply({"params": p}, x, mask).x)(layers))
+    assert not np.allclose(got, jax.jit(lambda p: Stack(config).apply({"params": p}, x, Context(mask=mask)).x)(layers))
     # Linen derives the module's key from its path: ask it for the one that the scan folds.
     derived = Stack(config).apply({"params": layers}, rngs={"dropout": key}, method=lambda m: m.make_rng("dropout"))
     want = loop(per_layer(config, layers), derived)

@@ -17,7 +17,7 @@ from flaxcompress.cli.files import check_file, write_json
 class Generate(Verb):
     """Continues a text, token by token as they come; the likeliest tokens unless a temperature is given.
 
-    For example: flaxcompress generate stories260K/ --prompt "Once upon a time" --max-new-tokens 100
+    For example: flaxcompress generate stories260K/ --prompt Once --max-new-tokens 100
     """
 
     keeps_memory: ClassVar = True
@@ -41,7 +41,7 @@ class Generate(Verb):
         from rich.table import Table
         from rich.text import Text
 
-        from flaxcompress.chat import render_chat
+        from flaxcompress.decoding.chat import render_chat
         from flaxcompress.evaluate.report import versions
         from flaxcompress.folder import load
 
@@ -90,5 +90,7 @@ class Generate(Verb):
         for header in ("tokens", "seconds, compiling included", "tokens per second"):
             table.add_column(header, justify="right")
         table.add_column("ended")
-        table.add_row(f"{len(answer.ids)}", f"{seconds:.2f}", f"{rate:,.0f}", "yes" if answer.finished else "at the limit")
+        table.add_row(
+            f"{len(answer.ids)}", f"{seconds:.2f}", f"{rate:,.0f}", "yes" if answer.finished else "at the limit"
+        )
         return table

@@ -56,7 +56,7 @@ class Profile:
     name: str
     length: int
     parts: tuple[PartCost, ...]
-    cache_bytes_per_token: int
+    cache_bytes_per_token: int = 0
 
     @property
     def params(self) -> int:

@@ -444,7 +444,7 @@ class FlaxCompressModel(PreTrainedModel):
         return self.linear(y.transpose(1, 2).flatten(-2), f"{address}/output"), probabilities
 
     def masks(self, mask, length):
-        """Which keys [B, 1, 1 or T, S] the last `length` tokens may see in global and in local layers, by mask [B, S]."""
+        """Which keys [B, 1, 1 or T, S] the last `length` tokens see in global and in local layers, by mask [B, S]."""
         c, keys = self.structure, mask.shape[1]
         place = torch.arange(keys, device=mask.device)
         distance = place[keys - length :, None] - place[None, :]
@@ -612,12 +612,13 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         logits_to_keep=0,
         **unused,
     ):
-        """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss of predicting each from those before."""
+        """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss of predicting each token."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         need = (output_hidden_states, output_attentions, position_ids, past_key_values)
         out = self.encode(input_ids, attention_mask, None, *need)
-        x = out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state
+        x: torch.Tensor = out.last_hidden_state  # type: ignore
+        x = x[:, -logits_to_keep:] if logits_to_keep else x
         tied = self.structure["tied"]
         logits = (attend(x, self.weight("embedding/token")) if tied else self.linear(x, "head/output")).float()
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -20,7 +20,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 @dataclasses.dataclass(frozen=True)
 class Kin:
-    """How one of them differs: classes' prefix, whether q, k and v have biases (None: as the config says), and so on."""
+    """How one of them differs: the prefix of its classes, which maps have biases (None: as the config says), …"""
 
     model_type: str
     classes: str
@@ -74,11 +74,11 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
     )
 
 
-def _windows(hf: Mapping[str, Any], kin: Kin, layers: int) -> tuple[int, tuple[bool, ...] | None]:
+def _windows(hf: Mapping[str, Any], kin: Kin, layers: int) -> tuple[int, tuple[bool, ...]]:
     """The largest distance that local layers see, and which they are; a window of n tokens reaches n - 1 back."""
     size = hf.get("sliding_window")
     if not size or not (kin.always_local or hf.get("use_sliding_window", False)):
-        return 0, None
+        return 0, (False,) * layers
     types = hf.get("layer_types")
     if kin.always_local:
         local = (True,) * layers
@@ -86,12 +86,11 @@ def _windows(hf: Mapping[str, Any], kin: Kin, layers: int) -> tuple[int, tuple[b
         local = tuple(t == "sliding_attention" for t in types)
     else:
         local = tuple(i >= hf.get("max_window_layers", 28) for i in range(layers))
-    return (size - 1, local) if any(local) else (0, None)
+    return (size - 1, local) if any(local) else (0, local)
 
 
 def write_config(config: ModelConfig, *, kin: Kin) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    assert config.local is not None
     out = {
         "model_type": kin.model_type,
         "architectures": [f"{kin.classes}{'ForCausalLM' if config.head == 'causal_lm' else 'Model'}"],
@@ -131,9 +130,7 @@ def names(config: ModelConfig) -> Names:
     for layer in range(config.layers):
         ours, theirs = f"layers/{layer}", f"layers.{layer}"
         for projection, short in (("query", "q"), ("key", "k"), ("value", "v")):
-            out.linear(
-                f"{ours}/attention/{projection}", f"{theirs}.self_attn.{short}_proj", bias=config.attention_bias
-            )
+            out.linear(f"{ours}/attention/{projection}", f"{theirs}.self_attn.{short}_proj", bias=config.attention_bias)
             if config.query_key_norm and short != "v":
                 out.norm(f"{ours}/attention/{projection}_norm", f"{theirs}.self_attn.{short}_norm", bias=False)
         out.linear(f"{ours}/attention/output", f"{theirs}.self_attn.o_proj", bias=config.output_bias)

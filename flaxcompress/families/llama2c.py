@@ -1,8 +1,8 @@
 """Checkpoints of llama2.c (Karpathy 2023): one flat file of float32 arrays, its tokenizer beside it.
 
 Seven int32 (width, feed-forward width, layers, heads, key/value heads, ± vocabulary, positions), then the arrays. They
-are read as a Llama model: its rotary positions turn neighbours (x_2i, x_2i+1) where ours turn (x_i, x_i+d/2), so the rows
-of query and key kernels change places.
+are read as a Llama model. Rotary positions turn neighbours (x_2i, x_2i+1) there and (x_i, x_i+d/2) here, so the rows of
+query and key kernels change places.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def find_checkpoint(path: Path) -> Path | None:
         return None
     found = [file for file in sorted(path.glob("*.bin")) if _header(file) is not None]
     if len(found) > 1:
-        raise ValueError(f"{path}: holds {len(found)} llama2.c checkpoints; name one: {', '.join(f.name for f in found)}")
+        raise ValueError(
+            f"{path}: holds {len(found)} llama2.c checkpoints; name one: {', '.join(f.name for f in found)}"
+        )
     return found[0] if found else None
 
 

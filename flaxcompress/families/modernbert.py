@@ -60,7 +60,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    assert config.rotary is not None and config.local is not None
+    assert config.rotary is not None
     return {
         "model_type": "modernbert",
         "architectures": ["ModernBertForMaskedLM" if config.head == "masked_lm" else "ModernBertModel"],

@@ -1,4 +1,4 @@
-"""Rotary positions in Hugging Face configs: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
+"""Rotary positions in Hugging Face configs: `rope_parameters`; older ones `rope_theta` and `rope_scaling`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
 from flaxcompress.nn.stack import Stack, layer_sets
-from flaxcompress.nn.transformer import Transformer, TransformerOutput
+from flaxcompress.nn.transformer import Transformer, TransformerOutput, run
 
 __all__ = [
     "INPUTS",
@@ -18,4 +18,5 @@ __all__ = [
     "init_cache",
     "is_ring",
     "layer_sets",
+    "run",
 ]

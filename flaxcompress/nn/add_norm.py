@@ -49,3 +49,7 @@ class Norms(nn.Module):
             Norm(self.config, f"{address}/attention", self.dtype) if self.config.first_norm or self.number else None
         )
         self.feed_forward = Norm(self.config, f"{address}/feed_forward", self.dtype)
+
+    def before(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """What attention reads where norms come before."""
+        return x if self.attention is None else self.attention(x).astype(x.dtype)

@@ -64,7 +64,9 @@ class CausalLM(nn.Module):
         config = self.config
         if config.tied:
             return attend(x, table).astype(jnp.float32)
-        return Linear(config, "head/output", config.width, config.vocabulary, False, name="output")(x).astype(jnp.float32)
+        return Linear(config, "head/output", config.width, config.vocabulary, False, name="output")(x).astype(
+            jnp.float32
+        )
 
 
 HEADS: dict[str, type[nn.Module]] = {"masked_lm": MaskedLM, "replaced_token": ReplacedToken, "causal_lm": CausalLM}

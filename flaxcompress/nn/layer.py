@@ -45,11 +45,10 @@ class Layer(nn.Module):
         """The layer's output, its attention probabilities when asked for, and its cache with the tokens stored."""
         pre = self.config.norm_place == "pre"
         attend = {"cache": cache, "deterministic": deterministic, "need_probabilities": need_probabilities}
-        before = x if not pre or self.norms.attention is None else self.norms.attention(x).astype(x.dtype)
+        before = self.norms.before(x) if pre else x
         y, probabilities, cache = self.attention(before, context, **attend)
         x = x + self.drop(y, deterministic=deterministic)
-        if not pre:
-            x = self.norms.attention(x).astype(x.dtype)
+        x = x if pre else self.norms.before(x)
         y = self.feed_forward(self.norms.feed_forward(x).astype(x.dtype) if pre else x)
         x = x + self.drop(y, deterministic=deterministic)
         if not pre:

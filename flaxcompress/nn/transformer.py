@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import typing
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -128,6 +129,11 @@ class Transformer(nn.Module):
         return x, Context(real=mask, mask=wide, local_mask=near, bias=bias, slots=slots, **turned), after
 
 
+def run(params: Any, config: ModelConfig, dtype: Any, *inputs: Any, **options: Any) -> TransformerOutput:
+    """`Transformer` applied to its parameters."""
+    return typing.cast(TransformerOutput, Transformer(config, dtype).apply({"params": params}, *inputs, **options))
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def first_input(
     params: Any,
@@ -138,7 +144,7 @@ def first_input(
     vectors: Float[Array, "B T E"],
 ) -> tuple[Float[Array, "B T D"], Context]:
     """What the first layer gets, for methods that run layer by layer; `vectors` are the token table's rows."""
-    x, context, _ = Transformer(config, dtype).apply(
+    found: Any = Transformer(config, dtype).apply(
         {"params": params}, ids, mask, vectors=vectors, method=Transformer.start
-    )  # pyright: ignore[reportGeneralTypeIssues]
-    return x, context
+    )
+    return found[:2]

@@ -30,7 +30,7 @@ def frequencies(rotary: Rotary, width: int, *, local: bool = False) -> Float[np.
 
 
 def rotation(
-    positions: Integer[Array, "B T"], frequency: Float[Array, " h"]
+    positions: Integer[Array, "B T"], frequency: Float[np.ndarray, " h"]
 ) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
     """(cos, sin) of every position's angles, float32."""
     angles = positions[..., None].astype(jnp.float32) * frequency

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.nn import Cache, Transformer, init_cache
+from flaxcompress.nn import Cache, init_cache, run
 
 _NEVER = -1e9
 
@@ -58,13 +58,16 @@ def beam_search(
     worst of n finished ones; those still running at the limit count as finished.
     """
     if beams * 2 > config.vocabulary:
-        raise ValueError(f"generate: {beams} beams need a vocabulary of {2 * beams}, the model's has {config.vocabulary}")
+        raise ValueError(
+            f"generate: {beams} beams need a vocabulary of {2 * beams}, the model's has {config.vocabulary}"
+        )
     out = _search(params, ids, real, config, compute_dtype(), length, new, beams, penalty, end_tokens)
     tokens, lengths = (np.asarray(x) for x in out)
     return [row[:count].tolist() for row, count in zip(tokens, lengths, strict=True)]
 
 
-def _rows(x: Float[Array, "B n *m"]) -> Float[Array, "b *m"]:
+def _rows(x: Array) -> Array:
+    """[B, n, …] -> [B·n, …]."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
@@ -74,10 +77,10 @@ def _chosen(x: Array, index: Integer[Array, "B k"]) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8, 9))
 def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_tokens):
-    net, batch = Transformer(config, dtype), ids.shape[0]
+    batch = ids.shape[0]
     repeat = lambda x: jnp.repeat(jnp.asarray(x), beams, axis=0)  # noqa: E731
     cache = init_cache(config, batch * beams, length, dtype)
-    out = net.apply({"params": params}, repeat(ids), repeat(real), cache=cache, last_logits=True)
+    out = run(params, config, dtype, repeat(ids), repeat(real), cache=cache, last_logits=True)
     end = jnp.asarray(end_tokens or (-1,), jnp.int32)
     start = _Beams(
         step=jnp.zeros((), jnp.int32),
@@ -96,7 +99,9 @@ def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_t
         return (state.step < new) & state.open.any()
 
     def step(state: _Beams) -> _Beams:
-        scores = jax.nn.log_softmax(state.logits.astype(jnp.float32)).reshape(batch, beams, -1) + state.scores[..., None]
+        scores = (
+            jax.nn.log_softmax(state.logits.astype(jnp.float32)).reshape(batch, beams, -1) + state.scores[..., None]
+        )
         found, place = jax.lax.top_k(scores.reshape(batch, -1), 2 * beams)  # at least n of them do not end
         beam, token = place // config.vocabulary, (place % config.vocabulary).astype(jnp.int32)
         tokens = _chosen(state.tokens, beam).at[:, :, state.step].set(token)
@@ -120,7 +125,7 @@ def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_t
         kept = _chosen(tokens, index)
         worst = jnp.where(ended.all(-1), best_scores.min(-1), _NEVER)
         still = state.open & (running[:, 0] / length > worst)
-        out = net.apply({"params": params}, _rows(_chosen(token, index))[:, None], cache=cache)
+        out = run(params, config, dtype, _rows(_chosen(token, index))[:, None], cache=cache)
         return _Beams(
             step=state.step + 1,
             tokens=kept,

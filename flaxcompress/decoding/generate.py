@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from flaxcompress.beams import beam_search
 from flaxcompress.config import ModelConfig
-from flaxcompress.constraints import Constraint
+from flaxcompress.decoding.beams import beam_search
+from flaxcompress.decoding.constraints import Constraint
+from flaxcompress.decoding.sampling import NEVER, Sampling, choose
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.nn import Cache, Transformer, init_cache
-from flaxcompress.sampling import NEVER, Sampling, choose
+from flaxcompress.nn import Cache, init_cache, run
 from flaxcompress.text import Assets
 
 BLOCK = 32
@@ -76,18 +76,16 @@ def generate(
     ids, real = left_padded(rows, config)
     length = -(-(ids.shape[1] + max_new_tokens) // 64) * 64  # one of a few sizes
     if beams > 1:
-        found = beam_search(
-            params, config, ids, real, length, max_new_tokens, beams, length_penalty, assets.end_tokens
-        )
+        found = beam_search(params, config, ids, real, length, max_new_tokens, beams, length_penalty, assets.end_tokens)
         return [_answer(assets, *pair, (), pair[1][-1] in assets.end_tokens) for pair in zip(rows, found, strict=True)]
-    run = _Rules(rules, assets.end_tokens, constraint)
+    choice = _Rules(rules, assets.end_tokens, constraint)
     dtype = compute_dtype()
-    state = _prefill(params, ids, real, jax.random.key(0) if key is None else key, config, dtype, length, run)
+    state = _prefill(params, ids, real, jax.random.key(0) if key is None else key, config, dtype, length, choice)
     out: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
     while not all(ended) and (left := max_new_tokens - max(map(len, out))) > 0:
         count = 1 if on_token is not None else min(BLOCK, left)
-        tokens, state = _decode(params, state, config, dtype, count, run)
+        tokens, state = _decode(params, state, config, dtype, count, choice)
         for row, new in enumerate(np.asarray(tokens)):
             ended[row] = ended[row] or _take(assets, rows[row], out[row], new, stop, row, on_token)
     return [_answer(assets, *each[:2], stop, each[2]) for each in zip(rows, out, ended, strict=True)]
@@ -174,7 +172,9 @@ def _check(config, assets, new, rules, key, beams, stop, on_token, constraint) -
     if any(not s for s in stop):
         raise ValueError("generate: a stop string is empty")
     if beams > 1 and (rules.temperature or stop or on_token or constraint or rules.repetition_penalty != 1.0):
-        raise ValueError("generate: beam search goes with none of temperature, penalty, stop, streaming and constraints")
+        raise ValueError(
+            "generate: beam search goes with none of temperature, penalty, stop, streaming and constraints"
+        )
 
 
 def left_padded(rows: Sequence[Sequence[int]], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -189,37 +189,37 @@ def left_padded(rows: Sequence[Sequence[int]], config: ModelConfig) -> tuple[np.
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _prefill(params, ids, real, key, config, dtype, length, run: _Rules) -> _State:
+def _prefill(params, ids, real, key, config, dtype, length, rules: _Rules) -> _State:
     cache = init_cache(config, ids.shape[0], length, dtype)
-    out = Transformer(config, dtype).apply({"params": params}, ids, real, cache=cache, last_logits=True)
+    out = run(params, config, dtype, ids, real, cache=cache, last_logits=True)
     seen = None
-    if run.sampling.repetition_penalty != 1.0:
+    if rules.sampling.repetition_penalty != 1.0:
         rows = jnp.arange(ids.shape[0])[:, None]
         seen = jnp.zeros((ids.shape[0], config.vocabulary), bool).at[rows, ids].max(real)
     recent = None
-    if run.constraint is not None:
-        reach = run.constraint.reach
+    if rules.constraint is not None:
+        reach = rules.constraint.reach
         recent = jnp.pad(jnp.where(real, ids, -1), ((0, 0), (reach, 0)), constant_values=-1)[:, ids.shape[1] :]
     done = jnp.zeros(ids.shape[0], bool)
     return _State(out.cache, out.logits[:, -1], seen, recent, done, key)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), donate_argnums=1)
-def _decode(params, state: _State, config, dtype, count, run: _Rules) -> tuple[Integer[Array, "B N"], _State]:
-    end = jnp.asarray(run.end_tokens or (-1,), jnp.int32)
-    net = Transformer(config, dtype)
+def _decode(params, state: _State, config, dtype, count, rules: _Rules) -> tuple[Integer[Array, "B N"], _State]:
+    end = jnp.asarray(rules.end_tokens or (-1,), jnp.int32)
 
     def step(state: _State, _):
         key, now = jax.random.split(state.key)
         logits, recent = state.logits, state.recent
-        if run.constraint is not None:
-            logits = jnp.where(run.constraint.allowed(recent, config.vocabulary), logits, NEVER)
-        token = jnp.where(state.done, config.pad_token, choose(logits, state.seen, run.sampling, now))
+        if recent is not None:
+            assert rules.constraint is not None
+            logits = jnp.where(rules.constraint.allowed(recent, config.vocabulary), logits, NEVER)
+        token = jnp.where(state.done, config.pad_token, choose(logits, state.seen, rules.sampling, now))
         done = state.done | (token[:, None] == end).any(-1)
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(len(token)), token].set(True)
-        out = net.apply({"params": params}, token[:, None], cache=state.cache)
+        out = run(params, config, dtype, token[:, None], cache=state.cache)
         if recent is not None:
             recent = jnp.concatenate([recent, token[:, None]], 1)[:, 1:]
         return _State(out.cache, out.logits[:, -1], seen, recent, done, key), token
