@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,21 @@ def _token(value: Any, default: str) -> str:
     if isinstance(value, dict):
         value = value.get("content")
     return value or default
+
+
+def first_ordinary_token(assets: Assets) -> int:
+    """The id after the leading block of special and unused entries ("[PAD]", "[unused7]", "<s>"); 0 if unknown."""
+    content = assets.file("tokenizer.json")
+    if content is not None:
+        model = json.loads(content).get("model", {})
+        vocabulary = model.get("vocab", {})
+        names = {i: t for t, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    else:
+        names = dict(enumerate(vocabulary_lines(assets.file("vocab.txt") or b"")))
+    start = 0
+    while re.fullmatch(r"\[.+\]|<.+>", names.get(start, "")):
+        start += 1
+    return start
 
 
 def _json(path: Path) -> Any:
