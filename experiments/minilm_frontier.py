@@ -45,6 +45,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -70,7 +71,12 @@ def table(bits: float, **more) -> dict:
 
 
 def heal(steps: int, rate: float) -> dict:
-    return {"Heal": {"steps": steps, "weights": rate, "scales": rate / 2, "vectors": rate / 20}}
+    return {"Heal": {"steps": steps, "weights": rate, "scales": rate / 2, "vectors": max(rate / 20, 1e-4)}}
+
+
+def balanced(scrambled: float, *more: dict) -> dict:
+    mixed = {"average_bits": 4.0, "choices": [3, 4, 8]}
+    return {"scrambled": scrambled, "steps": [trim(), table(2.2), quantize(4, **mixed), *more]}
 
 
 CONFIGURATIONS = {
@@ -93,6 +99,12 @@ CONFIGURATIONS = {
     "balanced, frequency metric, no healing": [trim(), table(2.15, weighting="frequency"), quantize(4)],
     "balanced, 3 tiers, no healing": [trim(), table(2.15, max_tiers=3), quantize(4)],
     "balanced, 4 bits everywhere": [trim(), table(2.15), quantize(4), heal(200, 2e-3)],
+    # scrambled sentences and the rate of healing; with --docstrings, the default's text
+    "balanced, text as it is, no healing": balanced(0.0),
+    "balanced, text as it is": balanced(0.0, heal(200, 5e-4)),
+    "balanced, text as it is, four times the rate": balanced(0.0, heal(200, 2e-3)),
+    "balanced, twice the rate": balanced(0.5, heal(200, 1e-3)),
+    "balanced, twice the steps": balanced(0.5, heal(400, 5e-4)),
     # what else a user might do
     "8 bits everywhere, nearest": [{"Quantize": {"bits": 8, "rounding": "nearest"}}],
     "4 bits in groups of 64 everywhere, nearest": [{"Quantize": {"bits": 4, "group": 64, "rounding": "nearest"}}],
@@ -113,7 +125,7 @@ def data(name: str) -> Path:
     return Path(folder) / name
 
 
-def run(names: list[str], out: Path) -> None:
+def run(names: list[str], out: Path, docstrings: bool) -> None:
     import jax
 
     import flaxcompress as fc
@@ -121,13 +133,17 @@ def run(names: list[str], out: Path) -> None:
     original = fc.load("minilm")
     for name in names:
         chosen = CONFIGURATIONS[name]
-        recipe = fc.Recipe.load(chosen) if isinstance(chosen, str) else fc.Recipe.from_json({"steps": chosen})
-        folder = out / name.replace(" ", "-").replace(",", "")
+        if isinstance(chosen, str):
+            recipe = fc.Recipe.load(chosen)
+        else:
+            recipe = fc.Recipe.from_json(chosen if isinstance(chosen, dict) else {"steps": chosen})
+        name = f"{name} (docstrings)" if docstrings else name
+        folder = out / re.sub(r"[(),]", "", name.replace(" ", "-"))
         start = time.perf_counter()
         small, report = fc.compress(
             original,
             recipe,
-            calibration=[data("wikitext2/train.txt.gz")],
+            calibration=None if docstrings else [data("wikitext2/train.txt.gz")],
             key=jax.random.key(0),
             work=folder.with_name(f".{folder.name}.work"),
             progress=True,
@@ -143,11 +159,14 @@ def record(name: str, folder: Path, seconds: float | None, original) -> None:
 
     small = fc.load(folder)
     found = fc.evaluate(small, "sts", data=data("stsb/dev.tsv.gz"), reference=original)
+    train = fc.evaluate(small, "sts", data=data("stsb/train.tsv.gz"), reference=original)  # what choices are made by
     report = json.loads((folder / "report.json").read_text())
     entry = {
         "MB": (folder / "model.safetensors").stat().st_size / 1e6,
         "spearman": found["spearman"],
         "cosine": found["mean_cosine"],
+        "train_spearman": train["spearman"],
+        "train_cosine": train["mean_cosine"],
         "held_out_cosine": report["fidelity"]["mean_cosine"],
         "held_out_rank_correlation": report["fidelity"]["rank_correlation"],
         "seconds": seconds if seconds is not None else report["seconds"],
@@ -225,18 +244,19 @@ def main() -> None:
     parser.add_argument("action", choices=["run", "record", "torch-int8", "table", "plot", "list"])
     parser.add_argument("names", nargs="*", help="configurations (see list)")
     parser.add_argument("--out", type=Path, default=Path("frontier"), help="where compressed folders go")
+    parser.add_argument("--docstrings", action="store_true", help="the default's text instead of WikiText-2")
     arguments = parser.parse_args()
-    unknown = [n for n in arguments.names if n not in CONFIGURATIONS]
+    unknown = [n for n in arguments.names if n.removesuffix(" (docstrings)") not in CONFIGURATIONS]
     if unknown:
         parser.error(f"unknown configuration {unknown[0]!r}; known: {', '.join(CONFIGURATIONS)}")
     if arguments.action == "run":
-        run(arguments.names, arguments.out)
+        run(arguments.names, arguments.out, arguments.docstrings)
     elif arguments.action == "record":
         import flaxcompress as fc
 
         original = fc.load("minilm")
         for name in arguments.names:
-            record(name, arguments.out / name.replace(" ", "-").replace(",", ""), None, original)
+            record(name, arguments.out / re.sub(r"[(),]", "", name.replace(" ", "-")), None, original)
     elif arguments.action == "torch-int8":
         torch_int8()
     elif arguments.action == "table":

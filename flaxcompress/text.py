@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flaxcompress.config import closest
-from flaxcompress.tokenizer import make_tokenizer, read_options
+from flaxcompress.tokenizer import make_tokenizer, read_options, vocabulary_lines
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -156,6 +157,21 @@ def _encoded(text: str) -> bytes | None:
 @functools.lru_cache(maxsize=8)
 def _live_tokenizer(assets: Assets):
     return make_tokenizer(assets.files, assets.max_length)
+
+
+def first_ordinary_token(assets: Assets) -> int:
+    """The id after the leading block of special and unused entries ("[PAD]", "[unused7]", "<s>"); 0 if unknown."""
+    content = assets.file("tokenizer.json")
+    if content is not None:
+        model = json.loads(content).get("model", {})
+        vocabulary = model.get("vocab", {})
+        names = {i: t for t, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    else:
+        names = dict(enumerate(vocabulary_lines(assets.file("vocab.txt") or b"")))
+    start = 0
+    while re.fullmatch(r"\[.+\]|<.+>", names.get(start, "")):
+        start += 1
+    return start
 
 
 def _json(path: Path) -> Any:

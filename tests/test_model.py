@@ -781,7 +781,9 @@ def test_runs_of_different_formats_equal_the_loop(name):
     assert len(layers["feed_forward"]) > 1
     x, mask, c = batch(config)
     dense = [jax.tree.map(_dense, p, is_leaf=lambda n: isinstance(n, LowRank)) for p in per_layer(config, layers)]
-    out = jax.jit(lambda layers: Stack(config).apply({"params": layers}, x, Context(mask=mask), need_hidden_states=True))(layers)
+    out = jax.jit(
+        lambda layers: Stack(config).apply({"params": layers}, x, Context(mask=mask), need_hidden_states=True)
+    )(layers)
     want, _ = unrolled(dense, x, mask, c)
     rounding = 64 * config.layers * EPS * math.sqrt(config.feed_forward_width)
     np.testing.assert_allclose(out.x, want, rtol=0, atol=rounding * np.abs(want).max())
@@ -802,14 +804,18 @@ def test_dropout_of_layer_l_draws_from_the_folded_key():
 
     @jax.jit
     def scanned(layers):
-        return Stack(config).apply({"params": layers}, x, Context(mask=mask), deterministic=False, rngs={"dropout": key}).x
+        return (
+            Stack(config).apply({"params": layers}, x, Context(mask=mask), deterministic=False, rngs={"dropout": key}).x
+        )
 
     @jax.jit
     def loop(copies, key):
         y = x
         for number, params in enumerate(copies):
             rngs = {"dropout": jax.random.fold_in(key, number)}
-            y, *_ = Layer(config, (0, 0, 0)).apply({"params": params}, y, Context(mask=mask), deterministic=False, rngs=rngs)
+            y, *_ = Layer(config, (0, 0, 0)).apply(
+                {"params": params}, y, Context(mask=mask), deterministic=False, rngs=rngs
+            )
         return y
 
     got = scanned(layers)

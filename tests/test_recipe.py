@@ -90,6 +90,12 @@ def test_an_unreachable_target_names_the_smallest(model):
         fc.Recipe.load("balanced").with_target("1KB", model)
 
 
+def test_the_share_of_scrambled_sentences_is_kept():
+    recipe = fc.Recipe.from_yaml("scrambled: 0.25\nsteps: [{Quantize: {bits: 8}}]")
+    for changed in (recipe.with_heal_steps(3), recipe.with_heal_steps(0), fc.Recipe.from_json(recipe.to_json())):
+        assert changed.scrambled == 0.25
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -102,6 +108,8 @@ def test_an_unreachable_target_names_the_smallest(model):
         ("steps: {Quantize: {bits: 8}}", "list of 'steps'"),
         ("step: []", "list of 'steps'"),
         ("steps: []\nnote: x", "unknown key 'note'"),
+        ("steps: [{Quantize: {bits: 8}}]\nscrambled: 1.5", "scrambled must be a number from 0 to 1"),
+        ("steps: [{Quantize: {bits: 8}}]\nscrambled: half", "scrambled must be a number from 0 to 1"),
         ("steps: [a: b: c", "not valid YAML"),
         ("steps: [{Quantize: {bits: 8}, Heal: {}}]", "one name with its settings"),
     ],

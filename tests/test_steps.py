@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 
@@ -392,6 +393,34 @@ def test_token_counts():
     counts = calibration().token_counts
     assert counts.shape == (200,) and counts[2] == counts[3] == len(calibration().rows)
     assert counts[0] == 0 and counts.sum() == sum(map(len, calibration().rows))
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_scrambled_sentences_keep_their_ends_and_lengths(share):
+    plain, own = calibration(), Calibration(text(), tiny().assets, vocabulary=200, scrambled=share)
+    assert [len(row) for row in own.rows] == [len(row) for row in plain.rows]
+    assert all((a[0], a[-1]) == (b[0], b[-1]) for a, b in zip(own.rows, plain.rows, strict=True))
+    changed = [new for new, old in zip(own.rows, plain.rows, strict=True) if new != old]
+    count = len(plain.rows)
+    assert abs(len(changed) - share * count) <= 4 * np.sqrt(count * share * (1 - share))
+    assert min(min(row[1:-1]) for row in changed) >= len(SPECIAL)  # no special token in the middle
+    np.testing.assert_array_equal(own.token_counts, plain.token_counts)  # of the text as it is
+    assert own.rows == Calibration(text(), tiny().assets, vocabulary=200, scrambled=share).rows
+
+
+def test_scrambled_words_come_from_the_whole_vocabulary():
+    few = CalibrationText(name="few words", train=tuple([" ".join(WORDS[:6])] * 400), held_out=())
+    own = Calibration(few, tiny().assets, vocabulary=200, scrambled=0.5)
+    met = set(itertools.chain.from_iterable(own.rows))
+    assert len(met) > 190
+
+
+def test_an_optional_override_may_match_nothing():
+    override = {"pattern": "embedding/absent", "bits": 8}
+    with pytest.raises(ValueError, match="matches no parameter"):
+        Quantize(bits=4, overrides=(BitsFor(**override),)).plan(CONFIG)
+    planned = Quantize(bits=4, overrides=(BitsFor(**override, optional=True),)).plan(CONFIG)
+    assert planned == Quantize(bits=4).plan(CONFIG)
 
 
 # ── wrong settings ───────────────────────────────────────────────────────────────────────────────────────────────────

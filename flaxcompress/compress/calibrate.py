@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flaxcompress import tree
+from flaxcompress.compress.tiers import token_weights
 from flaxcompress.config import ModelConfig
 from flaxcompress.data import CalibrationText
 from flaxcompress.encoding import compute_dtype, pool, sentence_vectors
@@ -19,7 +20,7 @@ from flaxcompress.formats import dense, take
 from flaxcompress.model import Model
 from flaxcompress.nn import Transformer
 from flaxcompress.progress import progress_bar
-from flaxcompress.text import Assets, Pooling, pad_ids
+from flaxcompress.text import Assets, Pooling, first_ordinary_token, pad_ids
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids [B, T] int32, mask [B, T] bool
 _LENGTHS = (32, 64, 128, 256, 512)
@@ -30,21 +31,27 @@ class Calibration:
 
     Attributes:
       text: the sentences, a calibration part and a held-out part.
-      rows: token ids of the calibration sentences, cut to `max_length` tokens.
+      rows: token ids of the calibration sentences, cut to `max_length` tokens; some of them scrambled.
+      token_counts: [V], how often each token occurs in the sentences as they are.
+
+    Args:
+      scrambled: the share of sentences whose tokens, but for the first and the last, are exchanged for others drawn
+        from the whole vocabulary, by the weights that its table is approximated with. Text of one domain uses few of
+        the words that the model will meet, and any input shows how the original answers.
     """
 
-    def __init__(self, text: CalibrationText, assets: Assets, *, vocabulary: int, max_length: int = 64):
+    def __init__(
+        self, text: CalibrationText, assets: Assets, *, vocabulary: int, max_length: int = 64, scrambled: float = 0.0
+    ):
         self.text = text
         self.vocabulary = vocabulary
         limit = min(max_length, assets.max_length)
         self.rows = [cut(row, limit) for row in assets.tokenize(text.train).ids]
-        self._statistics: dict[str, tuple[Any, Any]] = {}
-
-    @functools.cached_property
-    def token_counts(self) -> Float[np.ndarray, " V"]:
-        """How often each token occurs in the calibration sentences."""
         flat = np.concatenate([np.asarray(row, np.int64) for row in self.rows])
-        return np.bincount(flat, minlength=self.vocabulary).astype(np.float64)
+        self.token_counts = np.bincount(flat, minlength=vocabulary).astype(np.float64)
+        if scrambled:
+            self.rows = _scrambled(self.rows, scrambled, self.token_counts, first_ordinary_token(assets))
+        self._statistics: dict[str, tuple[Any, Any]] = {}
 
     def sample(self, count: int, *, seed: int = 0) -> list[list[int]]:
         """`count` different sentences, drawn by `seed`; all of them when there are fewer."""
@@ -81,6 +88,20 @@ class Calibration:
         if held is None or held[0] is not model.params:  # another model: its inputs differ, so measure again
             self._statistics[name] = held = (model.params, compute())
         return held[1]
+
+
+def _scrambled(rows: list[list[int]], share: float, counts: np.ndarray, start: int) -> list[list[int]]:
+    """Rows of which a share has all but its first and last token drawn anew, ordinary tokens only."""
+    weights = token_weights(counts, start=start)
+    weights[:start] = 0.0
+    ends, rng = np.cumsum(weights / weights.sum()), np.random.default_rng(0)
+    out = []
+    for row in rows:
+        if rng.random() < share and len(row) > 2:
+            drawn = np.searchsorted(ends, rng.random(len(row) - 2), side="right")
+            row = [row[0], *np.minimum(drawn, len(counts) - 1).tolist(), row[-1]]
+        out.append(row)
+    return out
 
 
 def cut(row: Sequence[int], limit: int) -> list[int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import re
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -43,8 +41,7 @@ from flaxcompress.formats import (
 from flaxcompress.formats.banded import Bands
 from flaxcompress.formats.bucketed import MAX_TIERS
 from flaxcompress.model import Model, replace_matrices
-from flaxcompress.text import Assets
-from flaxcompress.tokenizer import vocabulary_lines
+from flaxcompress.text import first_ordinary_token
 
 TOKEN = "embedding/token"
 _SIZES = ("rank", "keep", "tiers", "target_bytes", "average_bits")
@@ -280,18 +277,3 @@ def metric_root(metric: np.ndarray | None, width: int) -> tuple[np.ndarray, np.n
     values, vectors = np.linalg.eigh(metric)
     values = np.maximum(values / values.mean(), 1e-2)
     return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
-
-
-def first_ordinary_token(assets: Assets) -> int:
-    """The id after the leading block of special and unused entries ("[PAD]", "[unused7]", "<s>"); 0 if unknown."""
-    content = assets.file("tokenizer.json")
-    if content is not None:
-        model = json.loads(content).get("model", {})
-        vocabulary = model.get("vocab", {})
-        names = {i: t for t, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
-    else:
-        names = dict(enumerate(vocabulary_lines(assets.file("vocab.txt") or b"")))
-    start = 0
-    while re.fullmatch(r"\[.+\]|<.+>", names.get(start, "")):
-        start += 1
-    return start

@@ -51,11 +51,15 @@ def compress_matrix(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitsFor:
-    """Other bits for the matrices that `pattern` matches in full, and their group: None is the whole row."""
+    """Other bits for the matrices that `pattern` matches in full, and their group: None is the whole row.
+
+    A pattern that matches nothing is an error unless it is `optional`, for recipes that serve several families.
+    """
 
     pattern: str
     bits: int
     group: int | None = None
+    optional: bool = False
 
 
 @register_step
@@ -112,7 +116,8 @@ class Quantize(Step):
         matrices = [a for a in flat if a.endswith("/kernel") or a in _TABLES]
         chosen = tree.select(matrices, self.pattern, where="Quantize/pattern")
         for override in self.overrides:
-            tree.select(chosen, override.pattern, where="Quantize/overrides")
+            if not override.optional:
+                tree.select(chosen, override.pattern, where="Quantize/overrides")
         return chosen
 
     def _mixed(self, addresses: list[str]) -> list[str]:

@@ -60,17 +60,25 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Steps in order, and a line that says what they are for."""
+    """Steps in order, a line that says what they are for, and how calibration text is prepared for all of them.
+
+    Attributes:
+      scrambled: the share of calibration sentences whose words are exchanged for random ones (see `Calibration`).
+    """
 
     steps: tuple[Step, ...]
     description: str = ""
+    scrambled: float = 0.5
 
-    def __init__(self, steps: Sequence[Step], description: str = ""):
+    def __init__(self, steps: Sequence[Step], description: str = "", scrambled: float = 0.5):
         for step in steps:
             if not isinstance(step, Step):
                 raise TypeError(f"Recipe: {step!r} is not a step")
+        if isinstance(scrambled, bool) or not isinstance(scrambled, (int, float)) or not 0 <= scrambled <= 1:
+            raise ValueError(f"recipe: scrambled must be a number from 0 to 1, got {scrambled!r}")
         object.__setattr__(self, "steps", tuple(steps))
         object.__setattr__(self, "description", description)
+        object.__setattr__(self, "scrambled", float(scrambled))
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -95,7 +103,7 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, text: str, *, where: str = "recipe") -> Recipe:
-        """Reads `{description: …, steps: [{Quantize: {bits: 8}}, …]}`."""
+        """Reads `{description: …, scrambled: 0.5, steps: [{Quantize: {bits: 8}}, …]}`."""
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -107,15 +115,16 @@ class Recipe:
         """The inverse of `to_json`."""
         if not isinstance(data, dict) or not isinstance(data.get("steps"), list):
             raise ValueError(f"{where}: expected an object with a list of 'steps'")
-        reject_unknown(where, data, ("description", "steps"))
+        reject_unknown(where, data, ("description", "scrambled", "steps"))
         if not data["steps"]:
             raise ValueError(f"{where}: has no steps")
         steps = [step_from_json(s, f"{where}/steps/{i}") for i, s in enumerate(data["steps"])]
-        return cls(steps, str(data.get("description", "")))
+        return cls(steps, str(data.get("description", "")), data.get("scrambled", cls.scrambled))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-        return {"description": self.description, "steps": [s.to_json() for s in self.steps]}
+        steps = [s.to_json() for s in self.steps]
+        return {"description": self.description, "scrambled": self.scrambled, "steps": steps}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -144,18 +153,21 @@ class Recipe:
                 "leave the target or the step out"
             )
         heal = [s for s in self.steps if isinstance(s, Heal)]
-        return Recipe([*steps_for_target(model, size), *heal], f"{target}, chosen by size")
+        return Recipe([*steps_for_target(model, size), *heal], f"{target}, chosen by size", self.scrambled)
 
     def with_heal_steps(self, count: int) -> Recipe:
         """The recipe with `count` healing steps; 0 leaves healing out. Adds healing at the end when there is none."""
         if count < 0:
             raise ValueError(f"heal-steps must not be negative, got {count}")
         if count == 0:
-            return Recipe([s for s in self.steps if not isinstance(s, Heal)], self.description)
+            return self._with([s for s in self.steps if not isinstance(s, Heal)])
         if not any(isinstance(s, Heal) for s in self.steps):
-            return Recipe([*self.steps, Heal(steps=count)], self.description)
+            return self._with([*self.steps, Heal(steps=count)])
         changed = [dataclasses.replace(s, steps=count) if isinstance(s, Heal) else s for s in self.steps]
-        return Recipe(changed, self.description)
+        return self._with(changed)
+
+    def _with(self, steps: Sequence[Step]) -> Recipe:
+        return Recipe(steps, self.description, self.scrambled)
 
 
 def recipe_names() -> list[str]:

@@ -57,7 +57,8 @@ def compress(
     folder = _work_folder(work, model, recipe, text, key)
     context = Context(original=model, work=folder, progress=progress)
     if recipe.needs:
-        context.calibration = Calibration(text, model.assets, vocabulary=model.config.vocabulary)
+        vocabulary = model.config.vocabulary
+        context.calibration = Calibration(text, model.assets, vocabulary=vocabulary, scrambled=recipe.scrambled)
     small, done, earlier = model, [], 0.0
     try:
         for number, step in enumerate(recipe.steps):
