@@ -14,7 +14,8 @@ PARTS = ("attention", "feed_forward", "norms")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre")
-HEADS = ("none", "masked_lm", "replaced_token", "causal_lm")
+CLASSIFIERS = ("sequence_classification", "token_classification")
+HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", *CLASSIFIERS, "span")
 ROTARY_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -138,6 +139,33 @@ class Rotary:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Patches:
+    """An image's patches as tokens: `size`×`size` pixels each of an image [channels, height, width]."""
+
+    height: int
+    width: int
+    size: int
+    channels: int = 3
+
+    def __post_init__(self):
+        for name in ("height", "width", "size", "channels"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"patches: {name} must be a positive integer, got {getattr(self, name)!r}")
+        if min(self.grid) < 1:
+            raise ValueError(f"patches: an image of {self.height}×{self.width} has no patch of {self.size}×{self.size}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.height // self.size, self.width // self.size
+
+    @property
+    def count(self) -> int:
+        """Patches in all."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A transformer's structure; family-neutral names, dimension letters beside them.
 
@@ -161,6 +189,8 @@ class ModelConfig:
       window: in local layers, the largest distance at which tokens see each other; 0: no layer is local.
       local: which layers are; None: all of them when there is a window.
       rotary: rotary positions; None: none.
+      patches: images instead of token ids: `vocabulary` is then 0.
+      classes: C, of a classifier's head.
       learned_positions: a table of positions is added to the embeddings.
       embedding_norm: the embeddings are normalised.
       gated: the feed-forward is down(activation(gate(x)) * up(x)) (Shazeer 2020).
@@ -206,6 +236,8 @@ class ModelConfig:
     window: int = 0
     local: tuple[bool, ...] = None  # pyright: ignore[reportAssignmentType]  (None: all, where there is a window)
     rotary: Rotary | None = None
+    patches: Patches | None = None
+    classes: int = 0
     learned_positions: bool = True
     embedding_norm: bool = True
     gated: bool = False
@@ -218,7 +250,10 @@ class ModelConfig:
     formats: tuple[FormatRule, ...] = ()
 
     def __post_init__(self):
-        for name in ("vocabulary", "width", "layers", "heads", "feed_forward_width", "positions"):
+        if self.patches is not None and self.vocabulary != 0:
+            raise ValueError(f"config: a model of images has no vocabulary, got {self.vocabulary}")
+        sizes = ("width", "layers", "heads", "feed_forward_width", "positions")
+        for name in sizes if self.patches is not None else ("vocabulary", *sizes):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
@@ -226,7 +261,7 @@ class ModelConfig:
             kind, value = _SIMPLE.get(str(field.type)), getattr(self, field.name)
             if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
                 raise ValueError(f"config: {field.name} must be of type {field.type}, got {value!r}")
-        for name in ("segments", "position_offset", "relative_buckets", "window"):
+        for name in ("segments", "position_offset", "relative_buckets", "window", "classes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
         if self.embedding_width is not None and self.embedding_width < 1:
@@ -271,7 +306,9 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.pad_token < self.vocabulary:
+        if self.head in CLASSIFIERS and not self.classes:
+            raise ValueError(f"config: a head {self.head!r} needs classes, the number of classes")
+        if self.patches is None and not 0 <= self.pad_token < self.vocabulary:
             raise ValueError(f"config: pad_token {self.pad_token} lies outside the vocabulary of {self.vocabulary}")
         if self.sharing is None:
             object.__setattr__(self, "sharing", Sharing.own(self.layers))
@@ -322,6 +359,7 @@ class ModelConfig:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["sharing"] = {part: list(getattr(self.sharing, part)) for part in PARTS}
         out["local"] = list(self.local)
+        out["patches"] = None if self.patches is None else dataclasses.asdict(self.patches)
         out["rotary"] = None if self.rotary is None else dataclasses.asdict(self.rotary)
         out["formats"] = [[rule.pattern, _thaw(rule.spec)] for rule in self.formats]
         return out
@@ -340,9 +378,10 @@ class ModelConfig:
             if without := [p for p in PARTS if p not in values["sharing"]]:
                 raise ValueError(f"config/sharing: missing {', '.join(without)}")
             values["sharing"] = Sharing(**{p: tuple(values["sharing"][p]) for p in PARTS})
-        if values.get("rotary") is not None:
-            reject_unknown("config/rotary", values["rotary"], (f.name for f in dataclasses.fields(Rotary)))
-            values["rotary"] = Rotary(**values["rotary"])
+        for name, part in (("rotary", Rotary), ("patches", Patches)):
+            if values.get(name) is not None:
+                reject_unknown(f"config/{name}", values[name], (f.name for f in dataclasses.fields(part)))
+                values[name] = part(**values[name])
         rules = values.get("formats", ())
         if not isinstance(rules, (list, tuple)):
             raise ValueError(f"config/formats: expected a list of [pattern, format], got {rules!r}")

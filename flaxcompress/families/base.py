@@ -29,15 +29,18 @@ class Stored(NamedTuple):
       name: the tensor's name, without prefix.
       transposed: stored [m, n], as torch.nn.Linear does.
       part: (i, n): the i-th of n equal stretches, along the outputs, of a tensor that holds several weights.
+      folded: (shape in the checkpoint, shape of the matrix that it is read as), where they differ.
     """
 
     name: str
     transposed: bool = False
     part: tuple[int, int] | None = None
+    folded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
         """The weight as we hold it, kernels [n, m]."""
-        array = tensor.T if self.transposed else tensor
+        array = tensor if self.folded is None else tensor.reshape(self.folded[1])
+        array = array.T if self.transposed else array
         if self.part is None:
             return array
         index, count = self.part
@@ -45,6 +48,8 @@ class Stored(NamedTuple):
 
     def shape(self, own: Sequence[int]) -> tuple[int, ...]:
         """The tensor's shape, from that of the weight as we hold it."""
+        if self.folded is not None:
+            return self.folded[0]
         count = 1 if self.part is None else self.part[1]
         shape = (*own[:-1], own[-1] * count)
         return shape[::-1] if self.transposed else shape
@@ -75,6 +80,13 @@ class Names(dict[str, Stored]):
         if bias:
             self[f"{address}/bias"] = Stored(f"{name}.bias", False, part)
 
+    def classifier(self, config: ModelConfig) -> None:
+        """The head of a classifier, or that of question answering, where the config has one."""
+        if config.head in _CLASSIFIERS:
+            self.linear("head/output", "classifier")
+        elif config.head == "span":
+            self.linear("head/output", "qa_outputs")
+
     def norm(self, address: str, name: str, *, bias: bool = True) -> None:
         """A norm."""
         self[f"{address}/scale"] = Stored(f"{name}.weight")
@@ -92,7 +104,9 @@ def write_tensors(names: Names, arrays: Mapping[str, np.ndarray]) -> dict[str, n
     out = {}
     for name, pieces in parts.items():
         array = np.concatenate([pieces[i] for i in sorted(pieces)], axis=-1) if len(pieces) > 1 else pieces[0]
-        out[name] = array.T if whole[name].transposed else array
+        array = array.T if whole[name].transposed else array
+        folded = whole[name].folded
+        out[name] = array if folded is None else array.reshape(folded[0])
     return out
 
 
@@ -160,6 +174,33 @@ def head_of(hf: Mapping[str, Any], heads: Mapping[str, tuple[str, ...]]) -> str:
     """The head that config.json's architecture has; `heads` maps heads to architectures."""
     architectures = hf.get("architectures") or []
     return next((head for head, known in heads.items() if any(a in known for a in architectures)), "none")
+
+
+_CLASSIFIERS = {"sequence_classification": "SequenceClassification", "token_classification": "TokenClassification"}
+
+
+def classifier_heads(classes: str, *heads: str) -> dict[str, tuple[str, ...]]:
+    """{head: transformers' architectures} of heads that are one linear map, for classes that begin with `classes`."""
+    names = {**_CLASSIFIERS, "span": "QuestionAnswering"}
+    return {head: (f"{classes}For{names[head]}",) for head in heads}
+
+
+def class_count(hf: Mapping[str, Any], head: str) -> int:
+    """C of a classifier's head, from id2label; 0 for other heads."""
+    if head not in _CLASSIFIERS and head != "image_classification":
+        return 0
+    return len(hf["id2label"]) if hf.get("id2label") else int(hf.get("num_labels", 2))
+
+
+def write_classes(config: ModelConfig) -> dict[str, Any]:
+    """id2label and label2id of a classifier."""
+    names = [f"LABEL_{i}" for i in range(config.classes)]
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
+
+
+def architecture_of(config: ModelConfig, heads: Mapping[str, tuple[str, ...]], plain: str) -> str:
+    """The name of transformers' class for the config's head; `plain` for none."""
+    return heads[config.head][0] if config.head in heads else plain
 
 
 def tied(hf: Mapping[str, Any], head: str) -> None:

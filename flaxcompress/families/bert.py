@@ -12,15 +12,22 @@ from flaxcompress.families.base import (
     Names,
     absolute_positions,
     activation,
+    architecture_of,
+    class_count,
+    classifier_heads,
     head_of,
     required,
     tied,
+    write_classes,
 )
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 IGNORED = (r"embeddings\.position_ids", r"embeddings\.token_type_ids")
-_HEADS = {"masked_lm": ("BertForMaskedLM", "BertForPreTraining")}
+_HEADS = {
+    "masked_lm": ("BertForMaskedLM", "BertForPreTraining"),
+    **classifier_heads("Bert", "sequence_classification", "token_classification", "span"),
+}
 
 
 def read_encoder(hf: Mapping[str, Any], family: str, **more: Any) -> ModelConfig:
@@ -44,6 +51,7 @@ def read_encoder(hf: Mapping[str, Any], family: str, **more: Any) -> ModelConfig
         "initializer_range": hf.get("initializer_range", 0.02),
         "pad_token": hf.get("pad_token_id") or 0,
     }
+    fields["classes"] = class_count(hf, more.get("head", "none"))
     return ModelConfig(family=family, **{**fields, **more})
 
 
@@ -65,6 +73,7 @@ def write_encoder(config: ModelConfig, model_type: str, architecture: str, **mor
         "attention_probs_dropout_prob": config.attention_dropout,
         "initializer_range": config.initializer_range,
         "pad_token_id": config.pad_token,
+        **write_classes(config),
         **more,
     }
 
@@ -95,12 +104,12 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """transformers' BertConfig -> ModelConfig; an MLM head when the architecture names one."""
     head = head_of(hf, _HEADS)
     tied(hf, head)
-    return read_encoder(hf, "bert", head=head)
+    return read_encoder(hf, "bert", head=head, pooler=head not in ("token_classification", "span"))
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> transformers' BertConfig, as JSON."""
-    architecture = "BertForMaskedLM" if config.head == "masked_lm" else "BertModel"
+    architecture = architecture_of(config, _HEADS, "BertModel")
     return write_encoder(config, "bert", architecture, position_embedding_type="absolute")
 
 
@@ -111,6 +120,7 @@ def names(config: ModelConfig) -> Names:
         out.linear("head/transform", "cls.predictions.transform.dense")
         out.norm("head/norm", "cls.predictions.transform.LayerNorm")
         out.vector("head/bias", "cls.predictions.bias")
+    out.classifier(config)
     return out
 
 

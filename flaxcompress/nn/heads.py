@@ -31,7 +31,8 @@ class MaskedLM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T V"]:
+        del pooled
         config = self.config
         y = Linear(config, "head/transform", config.width, config.table_width, config.head_bias, name="transform")(x)
         y = activate(y, config.head_activation or config.activation)
@@ -46,8 +47,8 @@ class ReplacedToken(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T"]:
-        del table
+    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T"]:
+        del table, pooled
         config = self.config
         y = Linear(config, "head/transform", config.width, config.width, name="transform")(x)
         y = activate(y, config.head_activation or config.activation)
@@ -60,7 +61,8 @@ class CausalLM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T V"]:
+        del pooled
         config = self.config
         if config.tied:
             return attend(x, table).astype(jnp.float32)
@@ -69,4 +71,47 @@ class CausalLM(nn.Module):
         )
 
 
-HEADS: dict[str, type[nn.Module]] = {"masked_lm": MaskedLM, "replaced_token": ReplacedToken, "causal_lm": CausalLM}
+class SequenceClassification(nn.Module):
+    """Class logits [B, C], float32, from the pooled output, or from the first token where there is no pooler."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B C"]:
+        del table
+        config = self.config
+        y = x[:, 0] if pooled is None else pooled
+        return Linear(config, "head/output", config.width, config.classes, name="output")(y).astype(jnp.float32)
+
+
+class TokenClassification(nn.Module):
+    """Class logits of every token, [B, T, C], float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T C"]:
+        del table, pooled
+        config = self.config
+        return Linear(config, "head/output", config.width, config.classes, name="output")(x).astype(jnp.float32)
+
+
+class Span(nn.Module):
+    """Logits of an answer's first and last token, [B, T, 2], float32 (Devlin et al. 2019, §4.2)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T 2"]:
+        del table, pooled
+        return Linear(self.config, "head/output", self.config.width, 2, name="output")(x).astype(jnp.float32)
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "masked_lm": MaskedLM,
+    "replaced_token": ReplacedToken,
+    "causal_lm": CausalLM,
+    "sequence_classification": SequenceClassification,
+    "token_classification": TokenClassification,
+    "span": Span,
+}

@@ -16,6 +16,7 @@ from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, seen, slots_of
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.embedding import Embedding
+from flaxcompress.nn.image_embedding import ImageEmbedding
 from flaxcompress.nn.heads import HEADS, Pooler
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
@@ -45,7 +46,10 @@ class Transformer(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embedding = Embedding(config, self.dtype)
+        if config.patches is not None:
+            self.embedding = ImageEmbedding(config, self.dtype)
+        else:
+            self.embedding = Embedding(config, self.dtype)
         if config.relative_buckets:
             self.relative_bias = RelativeBias(config)
         self.layers = Stack(config)
@@ -87,7 +91,8 @@ class Transformer(nn.Module):
         pooled = self.pooler(x) if config.pooler else None
         logits = None
         if config.head != "none" and (need_logits or self.is_initializing()):
-            logits = self.head(x[:, -1:] if last_logits else x, self.embedding.token)
+            table = None if config.patches is not None else self.embedding.token
+            logits = self.head(x[:, -1:] if last_logits else x, table, pooled)
         kept = None if after is None else after._replace(layers=out.cache)
         return TransformerOutput(x, pooled, logits, hidden, out.attentions, out.recorded, kept)
 
@@ -101,11 +106,14 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Context, Cache | None]:
-        """What the first layer gets, what all layers see beside it, and the cache's bookkeeping after these tokens.
+        """What the first layer gets (from token ids, or pixels [B, C, height, width]), what all layers see beside it, and the cache's bookkeeping after these tokens.
 
         Positions count the tokens that are not padding where there is a cache, and all tokens where there is none.
         """
-        config, length = self.config, ids.shape[1]
+        config = self.config
+        if config.patches is not None:
+            return self.embedding(ids, deterministic=deterministic), Context(), None
+        length = ids.shape[1]
         positions, after, slots = None, None, None
         if cache is None:
             real, places, queries = mask, jnp.arange(length), jnp.arange(length)
