@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flaxcompress import tree
+from flaxcompress.blocks import block_rows, by_blocks, side_by_side
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import compute_dtype, encode_stream
 from flaxcompress.formats import nbytes, spec_of, stored_values
@@ -69,9 +70,17 @@ class Model:
         for masks and segments of another shape.
         """
         ids, mask, segments = check_inputs(self.config, input_ids, attention_mask, segment_ids)
-        out = _forward(
-            self.params, ids, mask, segments, self.config, compute_dtype(), output_hidden_states, output_attentions
-        )
+        rows = None
+        if not (isinstance(ids, jax.core.Tracer) or output_hidden_states or output_attentions):  # pyright: ignore[reportAttributeAccessIssue]
+            rows = block_rows(*ids.shape)
+        if rows is not None:
+            blocks = functools.partial(
+                _forward_blocks, self.params, config=self.config, dtype=compute_dtype(), rows=rows
+            )
+            out = side_by_side(blocks, ids, mask, segments)
+        else:
+            need = (output_hidden_states, output_attentions)
+            out = _forward(self.params, ids, mask, segments, self.config, compute_dtype(), *need)
         split = lambda x: None if x is None else tuple(x)  # noqa: E731
         return ModelOutput(
             last_hidden_state=out.last_hidden_state,
@@ -142,6 +151,12 @@ def _forward(params, ids, mask, segments, config, dtype, hidden_states, attentio
     return Transformer(config, dtype).apply(
         {"params": params}, ids, mask, segments, need_hidden_states=hidden_states, need_attentions=attentions
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "rows"))
+def _forward_blocks(params, ids, mask, segments, *, config, dtype, rows):
+    net = Transformer(config, dtype)
+    return by_blocks(lambda *batch: net.apply({"params": params}, *batch), rows)(ids, mask, segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
 # A unit (a file or a folder of the package) imports only from units to its left. `storage` and `progress` are helpers
-# beside `text`, `card` is one of `folder`, `encoding` one of `model`.
+# beside `text`, `card` is one of `folder`, `encoding` and `blocks` are of `model`.
 ORDER = (
     *("config", "text", "storage", "progress", "tree", "linalg", "kernels", "ops", "formats", "nn", "families"),
     *(
         "card",
         "encoding",
+        "blocks",
         "model",
         "folder",
         "generate",
