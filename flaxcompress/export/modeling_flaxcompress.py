@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    QuestionAnsweringModelOutput,
     TokenClassifierOutput,
 )
 
@@ -263,13 +264,13 @@ class FlaxCompressModel(PreTrainedModel):
         c = self.structure = config.flaxcompress
         self.register_buffer("compute", torch.empty(0), persistent=False)  # empty: only its dtype matters
         width, inner, narrow = c["width"], c["feed_forward_width"], c["embedding_width"] or c["width"]
-        self._table("embedding/token", c["vocabulary"], narrow)
-        if c["learned_positions"]:
-            self._table("embedding/position", c["positions"] + c["position_offset"], narrow)
-        if c["segments"]:
-            self._table("embedding/segment", c["segments"], narrow)
-        if c["embedding_norm"]:
-            self._norm("embedding/norm", narrow)
+        if c["patches"]:
+            p = c["patches"]
+            self._linear("embedding/patch", p["channels"] * p["size"] ** 2, width)
+            self._vector("embedding/first", width)
+            self._table("embedding/position", 1 + (p["height"] // p["size"]) * (p["width"] // p["size"]), width)
+        else:
+            self._tables(c, narrow)
         if c["embedding_width"]:
             self._linear("embedding/projection", narrow, width)
         if c["relative_buckets"]:
@@ -304,9 +305,21 @@ class FlaxCompressModel(PreTrainedModel):
         elif c["head"] == "replaced_token":
             self._linear("head/transform", width, width)
             self._linear("head/output", width, 1)
+        elif c["head"] in ("sequence_classification", "token_classification", "span"):
+            self._linear("head/output", width, 2 if c["head"] == "span" else c["classes"])
         elif c["head"] == "causal_lm" and not c["tied"]:
             self._linear("head/output", width, c["vocabulary"], bias=False)
         self.post_init()
+
+    def _tables(self, c, width):
+        """What token ids are looked up in."""
+        self._table("embedding/token", c["vocabulary"], width)
+        if c["learned_positions"]:
+            self._table("embedding/position", c["positions"] + c["position_offset"], width)
+        if c["segments"]:
+            self._table("embedding/segment", c["segments"], width)
+        if c["embedding_norm"]:
+            self._norm("embedding/norm", width)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
@@ -378,6 +391,26 @@ class FlaxCompressModel(PreTrainedModel):
         x = self.norm(x, "embedding/norm") if c["embedding_norm"] else x
         x = self.drop(x.to(self.dtype))
         return self.linear(x, "embedding/projection") if c["embedding_width"] else x
+
+    def embed_pixels(self, pixels):
+        """[B, C, height, width] -> [B, 1 + patches, D]: a class token, then the patches in rows."""
+        p, (height, width) = self.structure["patches"], pixels.shape[2:]
+        size, grid = p["size"], (p["height"] // p["size"], p["width"] // p["size"])
+        if pixels.shape[1] != p["channels"] or min(height, width) < size:
+            raise ValueError(
+                f"pixel_values: shape {list(pixels.shape)}; wanted {p['channels']} channels, {size} pixels"
+            )
+        down, across = height // size, width // size
+        cut = pixels[:, :, : down * size, : across * size].unflatten(3, (across, size)).unflatten(2, (down, size))
+        cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # rows of patches, each channel by channel
+        x = self.linear(cut.to(self.dtype), "embedding/patch")
+        places = take(self.weight("embedding/position"), torch.arange(1 + grid[0] * grid[1], device=pixels.device))
+        first, rest = places[:1], places[1:]
+        if (down, across) != grid:
+            image = rest.unflatten(0, grid).permute(2, 0, 1)[None]
+            rest = F.interpolate(image, (down, across), mode="bicubic", align_corners=False)[0].flatten(1).T
+        x = torch.cat([self.weight("embedding/first").to(x.dtype).expand(len(x), 1, -1), x], 1)
+        return self.drop(x + torch.cat([first, rest]).to(x.dtype))
 
     def rotation(self, positions, local):
         """(cos, sin) [B, 1, T, d/2] of the angles by which pairs are turned; None without rotary positions."""
@@ -458,6 +491,10 @@ class FlaxCompressModel(PreTrainedModel):
 
         past is a transformers Cache of earlier tokens, which the mask then covers too.
         """
+        if self.structure["patches"]:
+            x = self.embed_pixels(ids)
+            mask = ids.new_ones(x.shape[:2])
+            return self._layers(x, mask, None, need_states, need_attentions, torch.arange(x.shape[1])[None], None)
         c, length = self.structure, ids.shape[1]
         before = 0 if past is None else past.get_seq_length()
         if before + length > c["positions"]:
@@ -466,12 +503,16 @@ class FlaxCompressModel(PreTrainedModel):
             if given is not None and given.shape != (len(ids), columns):
                 raise ValueError(f"{name}: shape {list(given.shape)} is not {[len(ids), columns]}")
         mask = ids.new_ones(len(ids), before + length) if mask is None else mask
-        need_states = self.config.output_hidden_states if need_states is None else need_states
-        need_attentions = self.config.output_attentions if need_attentions is None else need_attentions
         if positions is None:
             positions = torch.arange(before, before + length, device=ids.device)[None]
         x = self.embed(ids, segments, positions)
         bias = self.relative_bias(length, ids.device) if c["relative_buckets"] else None
+        return self._layers(x, mask, bias, need_states, need_attentions, positions, past)
+
+    def _layers(self, x, mask, bias, need_states, need_attentions, positions, past):
+        c, length = self.structure, x.shape[1]
+        need_states = self.config.output_hidden_states if need_states is None else need_states
+        need_attentions = self.config.output_attentions if need_attentions is None else need_attentions
         masks, turns = self.masks(mask, length), [self.rotation(positions, local) for local in (False, True)]
         states: tuple = (x,)
         attentions: tuple = ()
@@ -518,15 +559,17 @@ class FlaxCompressModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         token_type_ids=None,
+        pixel_values=None,
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
     ):
-        """[B, T] token ids -> last_hidden_state [B, T, D], and pooler_output [B, D] where the model has a pooler."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        """[B, T] token ids, or pixel_values, -> last_hidden_state [B, T, D], pooler_output [B, D] if there is one."""
+        x = input_ids if pixel_values is None else pixel_values
+        out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
         return self._answer(out, return_dict)
 
 
@@ -629,4 +672,65 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+        return self._answer(out, return_dict)
+
+
+class FlaxCompressForClassification(FlaxCompressModel):
+    """Class logits, float32: [B, C] of a text or an image, [B, T, C] of every token."""
+
+    def __init__(self, config):
+        if config.flaxcompress["head"] not in ("sequence_classification", "token_classification"):
+            raise ValueError(f"this folder holds no classifier (its head is {config.flaxcompress['head']!r})")
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        pixel_values=None,
+        labels=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """Token ids [B, T], or pixel_values, -> logits; with labels, also the mean loss where they are not -100."""
+        x = input_ids if pixel_values is None else pixel_values
+        out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        y: torch.Tensor = out.last_hidden_state  # type: ignore
+        if self.structure["head"] == "sequence_classification":
+            y = y[:, 0] if out.pooler_output is None else out.pooler_output
+        logits = self.linear(y, "head/output").float()
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        kept = {"hidden_states": out.hidden_states, "attentions": out.attentions}
+        return self._answer(TokenClassifierOutput(loss=loss, logits=logits, **kept), return_dict)
+
+
+class FlaxCompressForQuestionAnswering(FlaxCompressModel):
+    """Logits [B, T], float32, of an answer's first and last token."""
+
+    def __init__(self, config):
+        if config.flaxcompress["head"] != "span":
+            raise ValueError(f"this folder holds no span head (its head is {config.flaxcompress['head']!r})")
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        start_positions=None,
+        end_positions=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """[B, T] token ids -> start_logits and end_logits; with positions, also their mean loss."""
+        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        start, end = self.linear(out.last_hidden_state, "head/output").float().unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+        kept = {"hidden_states": out.hidden_states, "attentions": out.attentions}
+        out = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **kept)
         return self._answer(out, return_dict)

@@ -101,9 +101,7 @@ def names(config: ModelConfig) -> Names:
     for layer in range(config.layers):
         ours, theirs = f"layers/{layer}", f"encoder.layer.{layer}"
         for name in ("query", "key", "value"):
-            out.linear(
-                f"{ours}/attention/{name}", f"{theirs}.attention.attention.{name}", bias=config.attention_bias
-            )
+            out.linear(f"{ours}/attention/{name}", f"{theirs}.attention.attention.{name}", bias=config.attention_bias)
         out.linear(f"{ours}/attention/output", f"{theirs}.attention.output.dense")
         out.linear(f"{ours}/feed_forward/up", f"{theirs}.intermediate.dense")
         out.linear(f"{ours}/feed_forward/down", f"{theirs}.output.dense")

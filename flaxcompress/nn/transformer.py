@@ -16,8 +16,8 @@ from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, seen, slots_of
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.embedding import Embedding
-from flaxcompress.nn.image_embedding import ImageEmbedding
 from flaxcompress.nn.heads import HEADS, Pooler
+from flaxcompress.nn.image_embedding import ImageEmbedding
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
 from flaxcompress.ops import both, frequencies, rotation, sight
@@ -46,10 +46,8 @@ class Transformer(nn.Module):
 
     def setup(self):
         config = self.config
-        if config.patches is not None:
-            self.embedding = ImageEmbedding(config, self.dtype)
-        else:
-            self.embedding = Embedding(config, self.dtype)
+        kind = Embedding if config.patches is None else ImageEmbedding
+        self.embedding: Any = kind(config, self.dtype)
         if config.relative_buckets:
             self.relative_bias = RelativeBias(config)
         self.layers = Stack(config)
@@ -106,7 +104,9 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Context, Cache | None]:
-        """What the first layer gets (from token ids, or pixels [B, C, height, width]), what all layers see beside it, and the cache's bookkeeping after these tokens.
+        """What the first layer gets, what all layers see beside it, and the cache's bookkeeping after these tokens.
+
+        `ids` are pixels [B, C, height, width] in a model of images.
 
         Positions count the tokens that are not padding where there is a cache, and all tokens where there is none.
         """

@@ -1,0 +1,76 @@
+"""What a model may be called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcompress.config import ModelConfig
+from flaxcompress.nn import Cache, is_ring
+
+
+def is_traced(x: Any) -> bool:
+    """Whether x is inside a jit: its values are not known yet."""
+    return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segment_ids: Any, pixel_values: Any = None):
+    """Arrays of the right shape and range, or ValueError with what was given and what is allowed."""
+    if input_ids is None or pixel_values is not None:
+        raise ValueError(f"input_ids: a {config.family} model takes token ids [B, T], and no pixel_values")
+    traced = is_traced(input_ids)
+    ids = input_ids if traced else np.asarray(input_ids)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(f"input_ids: expected integers of shape [B, T], got {ids.dtype} {list(ids.shape)}")
+    if ids.shape[1] > config.positions:
+        raise ValueError(f"input_ids: {ids.shape[1]} tokens, but the model has {config.positions} positions")
+    if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < config.vocabulary:
+        raise ValueError(
+            f"input_ids: values {ids.min()} … {ids.max()} lie outside the vocabulary 0 … {config.vocabulary - 1}"
+        )
+    for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if value is not None and tuple(np.shape(value)) != tuple(ids.shape):
+            raise ValueError(f"{name}: shape {list(np.shape(value))} differs from input_ids' {list(ids.shape)}")
+    if segment_ids is not None and not traced:
+        values = np.asarray(segment_ids)
+        if values.size and not 0 <= values.min() <= values.max() < max(1, config.segments):
+            raise ValueError(
+                f"segment_ids: values {values.min()} … {values.max()} lie outside 0 … {max(1, config.segments) - 1}"
+            )
+    mask = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+    segments = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    return jnp.asarray(ids, jnp.int32), mask, segments
+
+
+def check_cache(config: ModelConfig, cache: Cache, ids: Any) -> None:
+    """Raises ValueError where tokens [B, T] do not fit behind those that a cache holds."""
+    batch, slots = cache.real.shape
+    if ids.shape[0] != batch:
+        raise ValueError(f"cache: made for {batch} sequences, got input_ids {list(ids.shape)}")
+    if is_traced(cache.length):
+        return
+    total, most = int(cache.length) + ids.shape[1], config.positions if is_ring(config) else slots
+    if total > most:
+        raise ValueError(
+            f"cache: {int(cache.length)} tokens and {ids.shape[1]} more are over its {most}; make it longer"
+        )
+
+
+def check_pixels(config: ModelConfig, pixel_values: Any, input_ids: Any, attention_mask: Any) -> Any:
+    """Pixels as a float32 array [B, C, height, width]; raises ValueError for other inputs and sizes."""
+    assert config.patches is not None
+    pixels = pixel_values if pixel_values is not None else input_ids
+    if pixels is None or attention_mask is not None or (pixel_values is not None and input_ids is not None):
+        raise ValueError(f"pixel_values: a {config.family} model takes images [B, C, height, width] and nothing else")
+    pixels = jnp.asarray(pixels)
+    channels, size = config.patches.channels, config.patches.size
+    fits = pixels.ndim == 4 and pixels.shape[1] == channels and min(pixels.shape[2:]) >= size
+    if not fits or not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise ValueError(
+            f"pixel_values: expected floats [B, {channels}, height, width], height and width {size} or more, got "
+            f"{pixels.dtype} {list(pixels.shape)}"
+        )
+    return pixels.astype(jnp.float32)
