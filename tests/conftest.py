@@ -3,7 +3,15 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are dropped after every file: thousands of them break a process."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
