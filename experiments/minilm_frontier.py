@@ -127,6 +127,12 @@ CONFIGURATIONS = {
         quantize(2, group=128),
         heal(1000, 6e-3),
     ],
+    "3.5 MB": [
+        trim(),
+        table(0.35),
+        quantize(2, group=128),
+        heal(700, 6e-3),
+    ],
 }
 
 
