@@ -19,7 +19,7 @@ SHARING = {
 }
 
 
-def albert(width=768, layers=12, narrow=128, sharing="all", feed_forward=None) -> fc.ModelConfig:
+def albert(width=768, layers=12, narrow: int | None = 128, sharing="all", feed_forward=None) -> fc.ModelConfig:
     own, one = tuple(range(layers)), (0,) * layers
     maps = {part: one if SHARING[sharing].get(part) else own for part in ("attention", "feed_forward", "norms")}
     return fc.ModelConfig(
