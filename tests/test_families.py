@@ -169,38 +169,35 @@ def causal(classes):
     return {"none": f"{classes}Model", "causal_lm": f"{classes}ForCausalLM"}
 
 
+def with_labels(draw):
+    return lambda rng: {**draw(rng), "num_labels": int(rng.integers(2, 6))}
+
+
+def heads(classes, *names):
+    """{our head: transformers' class}; the plain model and the masked-LM head always."""
+    known = {
+        "sequence": ("sequence_classification", "ForSequenceClassification"),
+        "token": ("token_classification", "ForTokenClassification"),
+        "span": ("span", "ForQuestionAnswering"),
+        "replaced": ("replaced_token", "ForPreTraining"),
+    }
+    return {
+        "none": f"{classes}Model",
+        "masked_lm": f"{classes}ForMaskedLM",
+        **{known[name][0]: classes + known[name][1] for name in names},
+    }
+
+
 # family: (config class, how a config is drawn, {our head: transformers' class})
 CASES = {
-    "bert": (
-        "BertConfig",
-        lambda rng: with_segments(rng, num_labels=int(rng.integers(2, 6))),
-        {
-            "none": "BertModel",
-            "masked_lm": "BertForMaskedLM",
-            "sequence_classification": "BertForSequenceClassification",
-            "token_classification": "BertForTokenClassification",
-            "span": "BertForQuestionAnswering",
-        },
-    ),
-    "roberta": ("RobertaConfig", with_segments, {"none": "RobertaModel", "masked_lm": "RobertaForMaskedLM"}),
-    "xlm-roberta": (
-        "XLMRobertaConfig",
-        with_segments,
-        {"none": "XLMRobertaModel", "masked_lm": "XLMRobertaForMaskedLM"},
-    ),
-    "distilbert": ("DistilBertConfig", distilbert, {"none": "DistilBertModel", "masked_lm": "DistilBertForMaskedLM"}),
-    "mpnet": ("MPNetConfig", encoder, {"none": "MPNetModel", "masked_lm": "MPNetForMaskedLM"}),
-    "electra": (
-        "ElectraConfig",
-        electra,
-        {"none": "ElectraModel", "replaced_token": "ElectraForPreTraining", "masked_lm": "ElectraForMaskedLM"},
-    ),
-    "albert": ("AlbertConfig", albert, {"none": "AlbertModel", "masked_lm": "AlbertForMaskedLM"}),
-    "modernbert": (
-        "ModernBertConfig",
-        modernbert,
-        {"none": "ModernBertModel", "masked_lm": "ModernBertForMaskedLM"},
-    ),
+    "bert": ("BertConfig", with_labels(with_segments), heads("Bert", "sequence", "token", "span")),
+    "roberta": ("RobertaConfig", with_labels(with_segments), heads("Roberta", "token", "span")),
+    "xlm-roberta": ("XLMRobertaConfig", with_labels(with_segments), heads("XLMRoberta", "token", "span")),
+    "distilbert": ("DistilBertConfig", with_labels(distilbert), heads("DistilBert", "token", "span")),
+    "mpnet": ("MPNetConfig", with_labels(encoder), heads("MPNet", "token", "span")),
+    "electra": ("ElectraConfig", with_labels(electra), heads("Electra", "replaced", "token", "span")),
+    "albert": ("AlbertConfig", with_labels(albert), heads("Albert", "sequence", "token", "span")),
+    "modernbert": ("ModernBertConfig", modernbert, heads("ModernBert")),
     "gpt2": ("GPT2Config", gpt2, {"none": "GPT2Model", "causal_lm": "GPT2LMHeadModel"}),
     "llama": ("LlamaConfig", llama_biased, causal("Llama")),
     "mistral": ("MistralConfig", mistral, causal("Mistral")),

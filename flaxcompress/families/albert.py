@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import PARTS, ModelConfig, Sharing
-from flaxcompress.families.base import Family, Names, head_of, required, tied
+from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, required, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, read_encoder, write_encoder
 
-_HEADS = {"masked_lm": ("AlbertForMaskedLM", "AlbertForPreTraining")}
+_HEADS = {
+    "masked_lm": ("AlbertForMaskedLM", "AlbertForPreTraining"),
+    **classifier_heads("Albert", "sequence_classification", "token_classification", "span"),
+}
 
 
 def group_map(layers: int, groups: int) -> tuple[int, ...]:
@@ -46,7 +49,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             f"export: ALBERT's groups share everything between neighbours; the map {list(config.sharing.attention)} of "
             "attention, or that of another part, is another"
         )
-    architecture = "AlbertForMaskedLM" if config.head == "masked_lm" else "AlbertModel"
+    architecture = architecture_of(config, _HEADS, "AlbertModel")
     more = {"embedding_size": config.table_width, "num_hidden_groups": groups, "inner_group_num": 1}
     return write_encoder(config, "albert", architecture, **more)
 
@@ -75,6 +78,7 @@ def names(config: ModelConfig) -> Names:
         out.linear("head/transform", "predictions.dense")
         out.norm("head/norm", "predictions.LayerNorm")
         out.vector("head/bias", "predictions.bias")
+    out.classifier(config)
     return out
 
 

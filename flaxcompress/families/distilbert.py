@@ -6,13 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.families.base import HF_ACTIVATIONS, Family, Names, activation, head_of, required, tied
+from flaxcompress.families.base import (
+    HF_ACTIVATIONS,
+    Family,
+    Names,
+    activation,
+    architecture_of,
+    class_count,
+    classifier_heads,
+    head_of,
+    required,
+    tied,
+    write_classes,
+)
+
+_HEADS = {
+    "masked_lm": ("DistilBertForMaskedLM",),
+    **classifier_heads("DistilBert", "token_classification", "span"),
+}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """transformers' DistilBertConfig -> ModelConfig."""
     required(hf, "distilbert", ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"))
-    head = head_of(hf, {"masked_lm": ("DistilBertForMaskedLM",)})
+    head = head_of(hf, _HEADS)
     tied(hf, head)
     return ModelConfig(
         family="distilbert",
@@ -30,6 +47,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         pad_token=hf.get("pad_token_id") or 0,
         pooler=False,
         head=head,
+        classes=class_count(hf, head),
     )
 
 
@@ -37,7 +55,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
     return {
         "model_type": "distilbert",
-        "architectures": ["DistilBertForMaskedLM" if config.head == "masked_lm" else "DistilBertModel"],
+        "architectures": [architecture_of(config, _HEADS, "DistilBertModel")],
         "vocab_size": config.vocabulary,
         "dim": config.width,
         "n_layers": config.layers,
@@ -49,6 +67,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.initializer_range,
         "pad_token_id": config.pad_token,
+        **write_classes(config),
     }
 
 

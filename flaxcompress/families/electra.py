@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.families.base import Family, Names, head_of, tied
+from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, encoder_names, read_encoder, write_encoder
 
-_HEADS = {"replaced_token": ("ElectraForPreTraining",), "masked_lm": ("ElectraForMaskedLM",)}
+_HEADS = {
+    "replaced_token": ("ElectraForPreTraining",),
+    "masked_lm": ("ElectraForMaskedLM",),
+    **classifier_heads("Electra", "token_classification", "span"),
+}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -29,7 +33,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    architecture = {head: known[0] for head, known in _HEADS.items()}.get(config.head, "ElectraModel")
+    architecture = architecture_of(config, _HEADS, "ElectraModel")
     return write_encoder(config, "electra", architecture, embedding_size=config.table_width)
 
 
@@ -45,6 +49,7 @@ def names(config: ModelConfig) -> Names:
     elif config.head == "replaced_token":
         out.linear("head/transform", "discriminator_predictions.dense")
         out.linear("head/output", "discriminator_predictions.dense_prediction")
+    out.classifier(config)
     return out
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.families.base import Family, Names, head_of, tied
+from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, encoder_names, read_encoder, write_encoder
 from flaxcompress.families.roberta import HEAD_COPIES, add_head
 
@@ -19,9 +19,12 @@ _SPELLING = (
 )
 
 
+_HEADS = {"masked_lm": ("MPNetForMaskedLM",), **classifier_heads("MPNet", "token_classification", "span")}
+
+
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """transformers' MPNetConfig -> ModelConfig."""
-    head = head_of(hf, {"masked_lm": ("MPNetForMaskedLM",)})
+    head = head_of(hf, _HEADS)
     tied(hf, head)
     pad = 1 if hf.get("pad_token_id") is None else hf["pad_token_id"]
     if pad != 1:  # transformers' position table counts from 2 whatever the config says
@@ -42,7 +45,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    architecture = "MPNetForMaskedLM" if config.head == "masked_lm" else "MPNetModel"
+    architecture = architecture_of(config, _HEADS, "MPNetModel")
     out = write_encoder(config, "mpnet", architecture, relative_attention_num_buckets=config.relative_buckets)
     del out["type_vocab_size"]
     return out
@@ -58,6 +61,7 @@ def names(config: ModelConfig) -> Names:
     out.table("relative_bias/table", "encoder.relative_attention_bias")
     if config.head == "masked_lm":
         add_head(out)
+    out.classifier(config)
     return out
 
 

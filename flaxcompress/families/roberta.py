@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.families.base import Family, Names, head_of, tied
+from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, encoder_names, read_encoder, write_encoder
+
+
+def _heads(classes: str) -> dict[str, tuple[str, ...]]:
+    more = classifier_heads(classes, "token_classification", "span")
+    return {"masked_lm": (f"{classes}ForMaskedLM",), **more}
 
 
 def read_config(hf: Mapping[str, Any], *, family: str, classes: str) -> ModelConfig:
     """transformers' RobertaConfig or XLMRobertaConfig -> ModelConfig."""
-    head = head_of(hf, {"masked_lm": (f"{classes}ForMaskedLM",)})
+    head = head_of(hf, _heads(classes))
     tied(hf, head)
     pad = 1 if hf.get("pad_token_id") is None else hf["pad_token_id"]
     return read_encoder(
@@ -29,7 +34,7 @@ def read_config(hf: Mapping[str, Any], *, family: str, classes: str) -> ModelCon
 
 def write_config(config: ModelConfig, *, family: str, classes: str) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    return write_encoder(config, family, f"{classes}{'ForMaskedLM' if config.head == 'masked_lm' else 'Model'}")
+    return write_encoder(config, family, architecture_of(config, _heads(classes), f"{classes}Model"))
 
 
 def names(config: ModelConfig) -> Names:
@@ -37,6 +42,7 @@ def names(config: ModelConfig) -> Names:
     out = encoder_names(config)
     if config.head == "masked_lm":
         add_head(out)
+    out.classifier(config)
     return out
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.add_norm import Norm
-from flaxcompress.nn.cache import is_ring, store
+from flaxcompress.nn.cache import LayerCache, is_ring
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.linear import Linear, project_together
 from flaxcompress.ops import attend_values, attention_probabilities, dot_product_attention, rotate
@@ -42,10 +40,10 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         context: Context = Context(),  # noqa: B008  (a tuple, never changed)
         *,
-        cache: Any = None,
+        cache: LayerCache | None = None,
         deterministic: bool = True,
         need_probabilities: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, Any]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
         config = self.config
         parts = project_together(x, (self.query, self.key, self.value))
         query, key, value = (p.reshape(*p.shape[:-1], -1, config.head_dim) for p in parts)
@@ -54,12 +52,13 @@ class Attention(nn.Module):
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
         if cache is not None:
-            new = {"key": store(cache["key"], key, context.slots), "value": store(cache["value"], value, context.slots)}
-            if is_ring(config) and x.shape[1] > 1:  # the tokens may push out what their first ones still see
-                key = jnp.concatenate([cache["key"].astype(key.dtype), key], 1)
-                value = jnp.concatenate([cache["value"].astype(value.dtype), value], 1)
+            ring = is_ring(config)
+            new = cache.store("key", key, context.slots, wraps=ring).store("value", value, context.slots, wraps=ring)
+            if ring and x.shape[1] > 1:  # the tokens may push out what their first ones still see
+                key = jnp.concatenate([cache.read("key", key.dtype), key], 1)
+                value = jnp.concatenate([cache.read("value", value.dtype), value], 1)
             else:
-                key, value = new["key"].astype(key.dtype), new["value"].astype(value.dtype)
+                key, value = new.read("key", key.dtype), new.read("value", value.dtype)
             cache = new
         dropping = not deterministic and config.attention_dropout > 0
         if dropping or need_probabilities:

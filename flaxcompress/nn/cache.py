@@ -15,7 +15,8 @@ class Cache(NamedTuple):
     """What layers keep of the tokens so far; S slots, filled in turn and then from the start again (a ring).
 
     Attributes:
-      layers: {"key": [L, B, S, K, d], "value": …}: what `Attention` keeps, stacked over layers.
+      layers: {"key": [L, B, K, S, d], "value": …}: what `Attention` keeps, stacked over layers; heads before slots, as
+        the products of attention want them.
       real: [B, S] whether a slot holds a token that may be seen (padding may not).
       places: [S] the place in the sequence of what a slot holds; the same for all rows.
       length: how many places are filled so far, padding included.
@@ -32,7 +33,7 @@ class Cache(NamedTuple):
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `length` tokens; no longer than the window where every layer has one."""
     slots = cache_slots(config, length)
-    shape = (config.layers, batch, slots, config.groups, config.head_dim)
+    shape = (config.layers, batch, config.groups, slots, config.head_dim)
     return Cache(
         layers={"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)},
         real=jnp.zeros((batch, slots), bool),
@@ -68,18 +69,38 @@ def slots_of(cache: Cache, tokens: int) -> Integer[Array, " t"]:
     return (cache.length + tokens - last + jnp.arange(last)) % slots
 
 
-def store(old: Float[Array, "B S *n"], new: Float[Array, "B T *n"], slots: Integer[Array, " t"]) -> Any:
-    """Puts what the last tokens leave into their slots."""
-    if slots.shape[0] == 1:
-        return jax.lax.dynamic_update_slice_in_dim(old, new[:, -1:].astype(old.dtype), slots[0], 1)
-    return old.at[:, slots].set(new[:, -slots.shape[0] :].astype(old.dtype))
+class LayerCache(NamedTuple):
+    """One layer's part of a cache. The stacked arrays are carried through the scan over layers and written in place.
+
+    Attributes:
+      layers: `Cache.layers`.
+      index: which layer.
+    """
+
+    layers: Any
+    index: Any
+
+    def read(self, name: str, dtype: Any) -> Float[Array, "B S K d"]:
+        """What this layer keeps."""
+        kept = jax.lax.dynamic_index_in_dim(self.layers[name], self.index, 0, keepdims=False)
+        return kept.transpose(0, 2, 1, 3).astype(dtype)
+
+    def store(self, name: str, new: Float[Array, "B T K d"], slots: Integer[Array, " t"], *, wraps: bool) -> LayerCache:
+        """With what the last tokens leave put into their slots, which are neighbours unless the ring `wraps`."""
+        old = self.layers[name]
+        last = new[:, -slots.shape[0] :].transpose(0, 2, 1, 3).astype(old.dtype)
+        if wraps and slots.shape[0] > 1:
+            changed = old.at[self.index, :, :, slots].set(last.transpose(2, 0, 1, 3))
+        else:
+            changed = jax.lax.dynamic_update_slice(old, last[None], (self.index, 0, 0, slots[0], 0))
+        return self._replace(layers={**self.layers, name: changed})
 
 
 def advance(cache: Cache, real: Bool[Array, "B T"], slots: Integer[Array, " t"]) -> Cache:
     """The cache's bookkeeping after some tokens; what layers keep is theirs to store."""
     tokens, last = real.shape[1], slots.shape[0]
     return cache._replace(
-        real=store(cache.real, real, slots),
+        real=cache.real.at[:, slots].set(real[:, -last:]),
         places=cache.places.at[slots].set((cache.length + tokens - last + jnp.arange(last)).astype(jnp.int32)),
         length=cache.length + tokens,
         counts=cache.counts + real.sum(1, dtype=jnp.int32),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.add_norm import Norms
 from flaxcompress.nn.attention import Attention
+from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.feed_forward import FeedForward
 
@@ -38,10 +37,10 @@ class Layer(nn.Module):
         x: Float[Array, "B T D"],
         context: Context = Context(),  # noqa: B008  (a tuple, never changed)
         *,
-        cache: Any = None,
+        cache: LayerCache | None = None,
         deterministic: bool = True,
         need_probabilities: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, Any]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
         """The layer's output, its attention probabilities when asked for, and its cache with the tokens stored."""
         pre = self.config.norm_place == "pre"
         attend = {"cache": cache, "deterministic": deterministic, "need_probabilities": need_probabilities}

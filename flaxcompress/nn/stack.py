@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
@@ -111,21 +112,19 @@ class Stack(nn.Module):
         else:
             layers = {part: self.get_variable("params", part) for part in PARTS}
         dropout_key = None if deterministic else self.make_rng("dropout")
-        hidden, attentions, recorded, caches = [], [], [], []
+        hidden, attentions, recorded = [], [], []
         for segment in segments(config, layers):
-            part = jax.tree.map(lambda leaf, s=segment: leaf[s.first : s.last], cache)
             need = (need_hidden_states, need_attentions, record)
-            x, outputs = self._scan(segment, layers, x, context, part, dropout_key, *need)
+            (x, cache), outputs = self._scan(segment, layers, x, context, cache, dropout_key, *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             recorded.append((segment.first, outputs[2]))
-            caches.append(outputs[3])
         return StackOutput(
             x,
             jnp.concatenate(hidden) if need_hidden_states else None,
             jnp.concatenate(attentions) if need_attentions else None,
             recorded if record is not None else None,
-            None if cache is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches),
+            cache,
         )
 
     def _scan(self, segment, layers, x, context, cache, dropout_key, need_hidden_states, need_attentions, record):
@@ -145,28 +144,29 @@ class Stack(nn.Module):
         windows = config.local[first:last]
         alike = len(set(windows)) == 1
 
-        def body(x, step):
-            number, slices, indices, own_cache, is_local = step
+        def body(carry, step):
+            (x, cache), (number, slices, indices, is_local) = carry, step
             params = {**closed, **slices}
             for part, (run, _) in picked.items():
                 params[part] = jax.tree.map(lambda leaf, i=indices[part]: leaf[i], run)
             rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, number)}
-            (y, probabilities, kept_cache), recorded = module.apply(
+            (y, probabilities, kept), recorded = module.apply(
                 {"params": params},
                 x,
                 context.within(windows[0] if alike else is_local),
-                cache=own_cache,
+                cache=None if cache is None else LayerCache(cache, number),
                 deterministic=dropout_key is None,
                 need_probabilities=need_attentions,
                 rngs=rngs,
                 mutable=[INPUTS] if record is not None else [],
             )
-            kept = record(recorded[INPUTS], context.real) if record is not None else None
-            return y, (x if need_hidden_states else None, probabilities, kept, kept_cache)
+            inputs = record(recorded[INPUTS], context.real) if record is not None else None
+            cache = None if kept is None else kept.layers
+            return (y, cache), (x if need_hidden_states else None, probabilities, inputs)
 
         indices = {part: local for part, (_, local) in picked.items()}
-        steps = (jnp.arange(first, last), scanned, indices, cache, None if alike else jnp.asarray(windows))
+        steps = (jnp.arange(first, last), scanned, indices, None if alike else jnp.asarray(windows))
         if last - first > 1:
-            return jax.lax.scan(body, x, steps)
-        one, outputs = body(x, jax.tree.map(lambda leaf: leaf[0], steps))
+            return jax.lax.scan(body, (x, cache), steps)
+        one, outputs = body((x, cache), jax.tree.map(lambda leaf: leaf[0], steps))
         return one, jax.tree.map(lambda leaf: leaf[None], outputs)
