@@ -409,7 +409,7 @@ class FlaxCompressModel(PreTrainedModel):
         if (down, across) != grid:
             image = rest.unflatten(0, grid).permute(2, 0, 1)[None]
             rest = F.interpolate(image, (down, across), mode="bicubic", align_corners=False)[0].flatten(1).T
-        x = torch.cat([self.weight("embedding/first").to(x.dtype).expand(len(x), 1, -1), x], 1)
+        x = torch.cat([self.weight("embedding/first").to(x.dtype).expand(x.shape[0], 1, -1), x], 1)
         return self.drop(x + torch.cat([first, rest]).to(x.dtype))
 
     def rotation(self, positions, local):
@@ -500,9 +500,9 @@ class FlaxCompressModel(PreTrainedModel):
         if before + length > c["positions"]:
             raise ValueError(f"input_ids: {before + length} tokens, but the model has {c['positions']} positions")
         for name, given, columns in (("attention_mask", mask, before + length), ("token_type_ids", segments, length)):
-            if given is not None and given.shape != (len(ids), columns):
-                raise ValueError(f"{name}: shape {list(given.shape)} is not {[len(ids), columns]}")
-        mask = ids.new_ones(len(ids), before + length) if mask is None else mask
+            if given is not None and given.shape != (ids.shape[0], columns):
+                raise ValueError(f"{name}: shape {list(given.shape)} is not {[ids.shape[0], columns]}")
+        mask = ids.new_ones(ids.shape[0], before + length) if mask is None else mask
         if positions is None:
             positions = torch.arange(before, before + length, device=ids.device)[None]
         x = self.embed(ids, segments, positions)
