@@ -14,8 +14,8 @@ PARTS = ("attention", "feed_forward", "norms")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre")
-CLASSIFIERS = ("sequence_classification", "token_classification")
-HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", *CLASSIFIERS, "span")
+CLASSIFIERS = ("sequence_classification", "token_classification", "span")
+HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", *CLASSIFIERS)
 ROTARY_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -190,7 +190,7 @@ class ModelConfig:
       local: which layers are; None: all of them when there is a window.
       rotary: rotary positions; None: none.
       patches: images instead of token ids: `vocabulary` is then 0.
-      classes: C, of a classifier's head.
+      classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token.
       learned_positions: a table of positions is added to the embeddings.
       embedding_norm: the embeddings are normalised.
       gated: the feed-forward is down(activation(gate(x)) * up(x)) (Shazeer 2020).

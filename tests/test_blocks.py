@@ -20,7 +20,7 @@ cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="blocks are for 
 
 @pytest.fixture
 def two_cores(monkeypatch):
-    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(blocks, "cores", lambda: 2)
 
 
 @cpu
@@ -41,7 +41,7 @@ def test_blocks_have_about_512_tokens(rows, length, expected, two_cores):
 
 
 def test_one_core_takes_one_piece(monkeypatch):
-    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(blocks, "cores", lambda: 1)
     assert block_rows(32, 128) is None
 
 

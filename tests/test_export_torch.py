@@ -386,7 +386,7 @@ def test_callers_mistakes_are_named(everything):
     with pytest.raises(IndexError):
         net(torch.full((1, 5), 97))
     config = random_model().config
-    with pytest.raises(ValueError, match="no masked-LM head"):
+    with pytest.raises(ValueError, match="needs the head masked_lm, but this folder's head is 'none'"):
         modeling.FlaxCompressForMaskedLM(modeling.FlaxCompressConfig(flaxcompress=config.to_json()))
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,10 +11,7 @@ import flaxcompress as fc
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-spec = importlib.util.spec_from_file_location("families_cases", Path(__file__).with_name("test_families.py"))
-families = importlib.util.module_from_spec(spec)
-sys.modules["families_cases"] = families
-spec.loader.exec_module(families)
+import family_cases as families  # noqa: E402
 
 DECODERS = [family for family, head in families.HEADED if head == "causal_lm"]
 

@@ -15,12 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
-# A unit (a file or a folder of the package) imports only from units to its left. `storage` and `progress` are helpers
-# beside `text`, `tokenizer` before it, `card` is one of `folder`, `encoding`, `blocks`, `inputs` and `decoding` are of
+# A unit (a file or a folder of the package) imports only from units to its left. `machine`, `tokenizer`, `storage` and
+# `progress` are helpers beside `text`, `card` is one of `folder`; `encoding`, `blocks`, `inputs` and `decoding` are of
 # `model`.
 ORDER = (
     *(
         "config",
+        "machine",
         "tokenizer",
         "text",
         "storage",

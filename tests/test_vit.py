@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
 import flaxcompress as fc
+from flaxcompress.export.torch import check_folder
 from flaxcompress.families import FAMILIES
 from flaxcompress.model import abstract_flat
 from flaxcompress.nn.image_embedding import cubic_weights
@@ -18,10 +15,7 @@ from flaxcompress.nn.image_embedding import cubic_weights
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-spec = importlib.util.spec_from_file_location("families_cases", Path(__file__).with_name("test_families.py"))
-families = importlib.util.module_from_spec(spec)
-sys.modules["families_cases"] = families
-spec.loader.exec_module(families)
+import family_cases as families  # noqa: E402
 
 CLASSES = {"none": "ViTModel", "sequence_classification": "ViTForImageClassification"}
 
@@ -108,6 +102,8 @@ def test_a_saved_folder_computes_the_same_in_pytorch(head, tmp_path):
     model = fc.load(tmp_path / "theirs")
     fc.save(model, tmp_path / "ours")
     assert fc.load(tmp_path / "ours").config == model.config
+    fc.export(model, tmp_path / "dense", format="torch-dense")
+    assert all(check_folder(model, tmp_path / name) <= 1e-4 for name in ("ours", "dense"))
     auto = transformers.AutoModel if head == "none" else transformers.AutoModelForImageClassification
     again = auto.from_pretrained(tmp_path / "ours", trust_remote_code=True)
     for height in (None, network.config.patch_size * 6):

@@ -20,10 +20,11 @@ from flaxcompress.bench.pytorch import Torch
 from flaxcompress.bench.result import BenchResult, Contestant
 from flaxcompress.bench.rounds import interleaved, quartiles
 from flaxcompress.bench.runtimes import OWN, RIVALS, installed
-from flaxcompress.bench.threads import cores, torch_threads
+from flaxcompress.bench.threads import torch_threads
 from flaxcompress.config import closest
 from flaxcompress.evaluate.report import versions
 from flaxcompress.folder import resolve
+from flaxcompress.machine import cores
 from flaxcompress.progress import progress_bar
 
 

@@ -34,7 +34,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         imported = time.perf_counter()
         _without_init("flaxcompress", "flaxcompress.bench", "flaxcompress.export")
         from flaxcompress.bench.pytorch import Torch as Runner
-        from flaxcompress.bench.threads import cores
+        from flaxcompress.machine import cores
 
         torch.set_num_threads(cores())
     from flaxcompress.bench.batch import make_batch

@@ -257,9 +257,13 @@ class FlaxCompressModel(PreTrainedModel):
     config_class = FlaxCompressConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
+    heads: tuple = ()  # those that a class with a head can run; the plain model takes any
     compute: torch.Tensor
 
     def __init__(self, config):
+        if self.heads and config.flaxcompress["head"] not in self.heads:
+            wanted, found = " or ".join(self.heads), config.flaxcompress["head"]
+            raise ValueError(f"{type(self).__name__} needs the head {wanted}, but this folder's head is {found!r}")
         super().__init__(config)
         c = self.structure = config.flaxcompress
         self.register_buffer("compute", torch.empty(0), persistent=False)  # empty: only its dtype matters
@@ -305,8 +309,8 @@ class FlaxCompressModel(PreTrainedModel):
         elif c["head"] == "replaced_token":
             self._linear("head/transform", width, width)
             self._linear("head/output", width, 1)
-        elif c["head"] in ("sequence_classification", "token_classification", "span"):
-            self._linear("head/output", width, 2 if c["head"] == "span" else c["classes"])
+        elif c["classes"]:
+            self._linear("head/output", width, c["classes"])
         elif c["head"] == "causal_lm" and not c["tied"]:
             self._linear("head/output", width, c["vocabulary"], bias=False)
         self.post_init()
@@ -576,10 +580,7 @@ class FlaxCompressModel(PreTrainedModel):
 class FlaxCompressForMaskedLM(FlaxCompressModel):
     """Vocabulary logits [B, T, V], float32, from a transform and the token table (tied)."""
 
-    def __init__(self, config):
-        if config.flaxcompress["head"] != "masked_lm":
-            raise ValueError(f"this folder holds no masked-LM head (its head is {config.flaxcompress['head']!r})")
-        super().__init__(config)
+    heads = ("masked_lm",)
 
     def forward(
         self,
@@ -604,10 +605,7 @@ class FlaxCompressForMaskedLM(FlaxCompressModel):
 class FlaxCompressForPreTraining(FlaxCompressModel):
     """A logit [B, T], float32, for each token: whether a generator put it there (ELECTRA's discriminator)."""
 
-    def __init__(self, config):
-        if config.flaxcompress["head"] != "replaced_token":
-            raise ValueError(f"this folder holds no replaced-token head (its head is {config.flaxcompress['head']!r})")
-        super().__init__(config)
+    heads = ("replaced_token",)
 
     def forward(
         self,
@@ -636,10 +634,7 @@ class FlaxCompressForPreTraining(FlaxCompressModel):
 class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
     """Logits [B, T, V], float32, of the next token, from the token table (tied) or a kernel of the head's own."""
 
-    def __init__(self, config):
-        if config.flaxcompress["head"] != "causal_lm":
-            raise ValueError(f"this folder holds no causal-LM head (its head is {config.flaxcompress['head']!r})")
-        super().__init__(config)
+    heads = ("causal_lm",)
 
     def forward(
         self,
@@ -678,10 +673,7 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
 class FlaxCompressForClassification(FlaxCompressModel):
     """Class logits, float32: [B, C] of a text or an image, [B, T, C] of every token."""
 
-    def __init__(self, config):
-        if config.flaxcompress["head"] not in ("sequence_classification", "token_classification"):
-            raise ValueError(f"this folder holds no classifier (its head is {config.flaxcompress['head']!r})")
-        super().__init__(config)
+    heads = ("sequence_classification", "token_classification")
 
     def forward(
         self,
@@ -709,10 +701,7 @@ class FlaxCompressForClassification(FlaxCompressModel):
 class FlaxCompressForQuestionAnswering(FlaxCompressModel):
     """Logits [B, T], float32, of an answer's first and last token."""
 
-    def __init__(self, config):
-        if config.flaxcompress["head"] != "span":
-            raise ValueError(f"this folder holds no span head (its head is {config.flaxcompress['head']!r})")
-        super().__init__(config)
+    heads = ("span",)
 
     def forward(
         self,

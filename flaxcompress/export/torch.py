@@ -22,6 +22,7 @@ from flaxcompress.families.base import Names, write_tensors
 from flaxcompress.folder import MODEL_TYPE
 from flaxcompress.formats import materialize
 from flaxcompress.model import Model
+from flaxcompress.nn import run
 from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files, tokenizer_config_file
 
 FLOAT_TOLERANCE = 1e-4
@@ -134,10 +135,17 @@ def check_folder(model: Model, folder: str | Path, sentences: Sequence[str] | No
     if any(util.find_spec(name) is None for name in ("torch", "transformers")):
         return None
     pooling = model.assets.pooling or Pooling()
-    ids, mask = _batch(model, sentences)
     with jax.default_matmul_precision("highest"):
-        want = np.asarray(_sentence_vectors(model.params, ids, mask, model.config, jnp.float32, pooling))
-        got = np.asarray(pool(jnp.asarray(_torch_states(folder, ids, mask)), jnp.asarray(mask), pooling))
+        if (patches := model.config.patches) is not None:  # images have no sentences: their hidden states are compared
+            shape = (2, patches.channels, patches.height, patches.width)
+            pixels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+            want = np.asarray(run(model.params, model.config, jnp.float32, jnp.asarray(pixels)).last_hidden_state)
+            got = _torch_states(folder, pixel_values=pixels)
+        else:
+            ids, mask = _batch(model, sentences)
+            want = np.asarray(_sentence_vectors(model.params, ids, mask, model.config, jnp.float32, pooling))
+            states = _torch_states(folder, input_ids=ids.astype(np.int64), attention_mask=mask.astype(np.int64))
+            got = np.asarray(pool(jnp.asarray(states), jnp.asarray(mask), pooling))
     difference = float(np.abs(got - want).max())
     if not pooling.normalize:
         difference /= max(float(np.abs(want).max()), 1e-12)
@@ -175,7 +183,7 @@ def _batch(model: Model, sentences: Sequence[str] | None) -> tuple[np.ndarray, n
     return pad_ids(rows, max(map(len, rows)), len(rows), model.config.pad_token)
 
 
-def _torch_states(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _torch_states(folder: Path, **inputs: np.ndarray) -> np.ndarray:
     """last_hidden_state [B, T, D] of the folder's model in PyTorch, on the CPU in float32."""
     import torch
     import transformers
@@ -195,7 +203,5 @@ def _torch_states(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray
     if wrong:
         raise ValueError(f"{folder}: tensors that {network.__name__} misses or does not know: {', '.join(wrong[:4])}")
     with torch.no_grad():
-        out = net.eval().base_model(
-            input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask, dtype=torch.long)
-        )
+        out = net.eval().base_model(**{name: torch.tensor(array) for name, array in inputs.items()})
     return out.last_hidden_state.numpy()

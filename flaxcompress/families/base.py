@@ -81,11 +81,9 @@ class Names(dict[str, Stored]):
             self[f"{address}/bias"] = Stored(f"{name}.bias", False, part)
 
     def classifier(self, config: ModelConfig) -> None:
-        """The head of a classifier, or that of question answering, where the config has one."""
+        """The head of a classifier, where the config has one."""
         if config.head in _CLASSIFIERS:
-            self.linear("head/output", "classifier")
-        elif config.head == "span":
-            self.linear("head/output", "qa_outputs")
+            self.linear("head/output", _CLASSIFIERS[config.head][1])
 
     def norm(self, address: str, name: str, *, bias: bool = True) -> None:
         """A norm."""
@@ -176,18 +174,21 @@ def head_of(hf: Mapping[str, Any], heads: Mapping[str, tuple[str, ...]]) -> str:
     return next((head for head, known in heads.items() if any(a in known for a in architectures)), "none")
 
 
-_CLASSIFIERS = {"sequence_classification": "SequenceClassification", "token_classification": "TokenClassification"}
+_CLASSIFIERS = {
+    "sequence_classification": ("SequenceClassification", "classifier"),
+    "token_classification": ("TokenClassification", "classifier"),
+    "span": ("QuestionAnswering", "qa_outputs"),
+}
 
 
 def classifier_heads(classes: str, *heads: str) -> dict[str, tuple[str, ...]]:
     """{head: transformers' architectures} of heads that are one linear map, for classes that begin with `classes`."""
-    names = {**_CLASSIFIERS, "span": "QuestionAnswering"}
-    return {head: (f"{classes}For{names[head]}",) for head in heads}
+    return {head: (f"{classes}For{_CLASSIFIERS[head][0]}",) for head in heads}
 
 
 def class_count(hf: Mapping[str, Any], head: str) -> int:
     """C of a classifier's head, from id2label; 0 for other heads."""
-    if head not in _CLASSIFIERS and head != "image_classification":
+    if head not in _CLASSIFIERS:
         return 0
     return len(hf["id2label"]) if hf.get("id2label") else int(hf.get("num_labels", 2))
 

@@ -89,6 +89,7 @@ def names(config: ModelConfig) -> Names:
         out.linear("head/transform", "vocab_transform")
         out.norm("head/norm", "vocab_layer_norm")
         out.vector("head/bias", "vocab_projector.bias")
+    out.classifier(config)
     return out
 
 

@@ -85,7 +85,7 @@ class SequenceClassification(nn.Module):
 
 
 class TokenClassification(nn.Module):
-    """Class logits of every token, [B, T, C], float32."""
+    """Class logits of every token, [B, T, C], float32; with two classes, an answer's first and last token."""
 
     config: ModelConfig
 
@@ -96,22 +96,11 @@ class TokenClassification(nn.Module):
         return Linear(config, "head/output", config.width, config.classes, name="output")(x).astype(jnp.float32)
 
 
-class Span(nn.Module):
-    """Logits of an answer's first and last token, [B, T, 2], float32 (Devlin et al. 2019, §4.2)."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T 2"]:
-        del table, pooled
-        return Linear(self.config, "head/output", self.config.width, 2, name="output")(x).astype(jnp.float32)
-
-
 HEADS: dict[str, type[nn.Module]] = {
     "masked_lm": MaskedLM,
     "replaced_token": ReplacedToken,
     "causal_lm": CausalLM,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
-    "span": Span,
+    "span": TokenClassification,
 }

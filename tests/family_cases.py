@@ -1,0 +1,247 @@
+"""Randomly drawn configs of every family in transformers, perturbed and saved, for several test files."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+DRAWS = 5
+RELATIVE = 2e-4  # of the largest value; float32 through up to five layers
+
+
+def encoder(rng, **more):
+    heads = int(rng.integers(1, 5))
+    return {
+        "vocab_size": int(rng.integers(20, 90)),
+        "hidden_size": heads * int(rng.integers(2, 9)),
+        "num_hidden_layers": int(rng.integers(1, 6)),
+        "num_attention_heads": heads,
+        "intermediate_size": int(rng.integers(5, 40)),
+        "max_position_embeddings": int(rng.integers(20, 40)),
+        "hidden_act": str(rng.choice(["gelu", "gelu_new", "relu", "silu"])),
+        "layer_norm_eps": float(rng.choice([1e-12, 1e-5])),
+        **more,
+    }
+
+
+def with_segments(rng, **more):
+    return encoder(rng, type_vocab_size=int(rng.integers(1, 4)), **more)
+
+
+def distilbert(rng):
+    base = encoder(rng)
+    return {
+        "vocab_size": base["vocab_size"],
+        "dim": base["hidden_size"],
+        "n_layers": base["num_hidden_layers"],
+        "n_heads": base["num_attention_heads"],
+        "hidden_dim": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "activation": base["hidden_act"] if base["hidden_act"] in ("gelu", "relu") else "gelu",
+    }
+
+
+def albert(rng):
+    base = with_segments(rng, embedding_size=int(rng.integers(2, 9)))
+    return {**base, "num_hidden_groups": int(rng.integers(1, base["num_hidden_layers"] + 1))}
+
+
+def electra(rng):
+    return with_segments(rng, embedding_size=int(rng.integers(2, 9)))
+
+
+def modernbert(rng):
+    base = encoder(rng)
+    heads, width = base["num_attention_heads"], 2 * int(rng.integers(1, 5))
+    layers = base["num_hidden_layers"]
+    return {
+        "vocab_size": base["vocab_size"],
+        "hidden_size": heads * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "hidden_activation": base["hidden_act"],
+        "classifier_activation": str(rng.choice(["gelu", "silu"])),
+        "classifier_bias": bool(rng.integers(2)),
+        "norm_bias": bool(rng.integers(2)),
+        "attention_bias": bool(rng.integers(2)),
+        "mlp_bias": bool(rng.integers(2)),
+        "local_attention": 2 * int(rng.integers(1, 6)),
+        "layer_types": [str(rng.choice(["full_attention", "sliding_attention"])) for _ in range(layers)],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 160.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+    }
+
+
+def gpt2(rng):
+    base = encoder(rng)
+    return {
+        "vocab_size": base["vocab_size"],
+        "n_embd": base["hidden_size"],
+        "n_layer": base["num_hidden_layers"],
+        "n_head": base["num_attention_heads"],
+        "n_inner": [None, base["intermediate_size"]][int(rng.integers(2))],
+        "n_positions": base["max_position_embeddings"],
+        "activation_function": base["hidden_act"],
+        "layer_norm_epsilon": base["layer_norm_eps"],
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+_ROPES = (
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+)
+
+
+def llama(rng, **more):
+    base, groups = encoder(rng), int(rng.integers(1, 4))
+    return {
+        "vocab_size": base["vocab_size"],
+        "hidden_size": int(rng.integers(5, 30)),
+        "num_hidden_layers": base["num_hidden_layers"],
+        "num_attention_heads": groups * int(rng.integers(1, 4)),
+        "num_key_value_heads": groups,
+        "head_dim": 2 * int(rng.integers(1, 6)),
+        "intermediate_size": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "hidden_act": base["hidden_act"],
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "rope_parameters": dict(_ROPES[int(rng.integers(len(_ROPES)))]),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def llama_biased(rng):  # transformers refuses a width that heads do not divide, whatever head_dim says
+    base = llama(rng, attention_bias=bool(rng.integers(2)), mlp_bias=bool(rng.integers(2)))
+    return {**base, "hidden_size": base["num_attention_heads"] * int(rng.integers(2, 6))}
+
+
+def mistral(rng):
+    return llama(rng, sliding_window=[None, int(rng.integers(2, 12))][int(rng.integers(2))])
+
+
+def qwen(rng):
+    base = llama(rng)
+    types = [str(rng.choice(["full_attention", "sliding_attention"])) for _ in range(base["num_hidden_layers"])]
+    local = {"use_sliding_window": True, "sliding_window": int(rng.integers(2, 12)), "layer_types": types}
+    return {**base, **(local if rng.integers(2) else {})}
+
+
+def qwen2(rng):  # whose heads are as wide as the width allows
+    base = qwen(rng)
+    return {**base, "hidden_size": base["num_attention_heads"] * base.pop("head_dim")}
+
+
+def qwen3(rng):
+    return {**qwen(rng), "attention_bias": bool(rng.integers(2))}
+
+
+def causal(classes):
+    return {"none": f"{classes}Model", "causal_lm": f"{classes}ForCausalLM"}
+
+
+def with_labels(draw):
+    return lambda rng: {**draw(rng), "num_labels": int(rng.integers(2, 6))}
+
+
+def heads(classes, *names):
+    """{our head: transformers' class}; the plain model and the masked-LM head always."""
+    known = {
+        "sequence": ("sequence_classification", "ForSequenceClassification"),
+        "token": ("token_classification", "ForTokenClassification"),
+        "span": ("span", "ForQuestionAnswering"),
+        "replaced": ("replaced_token", "ForPreTraining"),
+    }
+    return {
+        "none": f"{classes}Model",
+        "masked_lm": f"{classes}ForMaskedLM",
+        **{known[name][0]: classes + known[name][1] for name in names},
+    }
+
+
+# family: (config class, how a config is drawn, {our head: transformers' class})
+CASES = {
+    "bert": ("BertConfig", with_labels(with_segments), heads("Bert", "sequence", "token", "span")),
+    "roberta": ("RobertaConfig", with_labels(with_segments), heads("Roberta", "token", "span")),
+    "xlm-roberta": ("XLMRobertaConfig", with_labels(with_segments), heads("XLMRoberta", "token", "span")),
+    "distilbert": ("DistilBertConfig", with_labels(distilbert), heads("DistilBert", "token", "span")),
+    "mpnet": ("MPNetConfig", with_labels(encoder), heads("MPNet", "token", "span")),
+    "electra": ("ElectraConfig", with_labels(electra), heads("Electra", "replaced", "token", "span")),
+    "albert": ("AlbertConfig", with_labels(albert), heads("Albert", "sequence", "token", "span")),
+    "modernbert": ("ModernBertConfig", modernbert, heads("ModernBert")),
+    "gpt2": ("GPT2Config", gpt2, {"none": "GPT2Model", "causal_lm": "GPT2LMHeadModel"}),
+    "llama": ("LlamaConfig", llama_biased, causal("Llama")),
+    "mistral": ("MistralConfig", mistral, causal("Mistral")),
+    "qwen2": ("Qwen2Config", qwen2, causal("Qwen2")),
+    "qwen3": ("Qwen3Config", qwen3, causal("Qwen3")),
+}
+
+
+def perturbed(network, seed):
+    """Random values everywhere: default initialisation hides swapped tensors, since many are zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return network.eval()
+
+
+def drawn(family, head, number, folder):
+    """(transformers' model, its folder in shards, seed)."""
+    seed = zlib.crc32(f"{family} {head} {number}".encode())
+    print(f"{family} {head}: seed {seed}")
+    config_class, draw, classes = CASES[family]
+    settings = draw(np.random.default_rng(seed))
+    if head == "span":
+        settings["num_labels"] = 2  # the first and the last token
+    config = getattr(transformers, config_class)(**settings)
+    torch.manual_seed(seed)
+    network = perturbed(getattr(transformers, classes[head])(config), seed)
+    network.save_pretrained(folder, max_shard_size="8KB" if number % 2 else "1GB")
+    return network, seed
+
+
+def batch(network, seed, pad):
+    """Ids [3, T] with padding at the end of the second row, and their mask."""
+    rng = np.random.default_rng(seed)
+    positions = network.config.max_position_embeddings - 2
+    length = int(rng.integers(3, positions + 1))
+    lengths = np.array([length, max(1, length // 2), max(1, length - 1)])
+    mask = np.arange(length) < lengths[:, None]
+    ids = rng.integers(3, network.config.vocab_size, (3, length))
+    return np.where(mask, ids, pad), mask
+
+
+def close(got, want, mask=None):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    if mask is not None:
+        got, want = got[mask], want[mask]
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() <= RELATIVE * np.abs(want).max()
+
+
+HEADED = [(family, head) for family, (_, _, classes) in CASES.items() for head in classes]
