@@ -9,14 +9,15 @@ Rules, patterns, reports and files use flat, unstacked addresses instead, the nu
     {"embedding/token": …, "layers/0/attention/query/kernel": [D, D], "layers/1/attention/query/kernel": …}
 
 Sets whose matrices differ in format or shape cannot share one array: the stack is then split into runs of equal
-neighbours, named by their first set ("000", "002"). `flatten` and `unflatten` are each other's inverse.
+neighbours, named by their first set ("000", "002"). `flatten` and `unflatten` are each other's inverse. A model with a
+decoder has a second stack, "decoder/layers/0/…".
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,36 @@ import numpy as np
 from flaxcompress.config import closest
 
 Flat = dict[str, Any]
+
+
+_LAYER = re.compile(r"((?:[^/]+/)*?)layers/(\d+)/([^/]+)/(.+)")
+
+
+class Place(NamedTuple):
+    """Where in a stack of layers a matrix stands: "decoder/layers/3/attention/query/kernel".
+
+    Attributes:
+      stack: "" or "decoder/".
+      number: the weight set.
+      part: "attention", …
+      path: the rest of the address.
+    """
+
+    stack: str
+    number: int
+    part: str
+    path: str
+
+    @property
+    def address(self) -> str:
+        """The inverse of `place`."""
+        return f"{self.stack}layers/{self.number}/{self.part}/{self.path}"
+
+
+def place(address: str) -> Place | None:
+    """The place of a layer's matrix; None for matrices outside of layers."""
+    found = _LAYER.fullmatch(address)
+    return None if found is None else Place(found[1], int(found[2]), found[3], found[4])
 
 
 def run_name(first_set: int) -> str:
@@ -51,16 +82,24 @@ class View(Mapping[str, Any]):
 
     def __init__(self, params: Mapping[str, Any]):
         self._places: dict[str, tuple[Any, int | None]] = {}
+        self._add(params, "")
+
+    def _add(self, params: Mapping[str, Any], prefix: str) -> None:
         for name, child in params.items():
-            if name != "layers":
-                self._places.update((address, (node, None)) for address, node in walk(child, name))
-                continue
-            for part, runs in child.items():
-                for first, run in runs.items():
-                    stacked = list(walk(run, ""))
-                    for i in range(run_length(run)):
-                        prefix = f"layers/{int(first) + i}/{part}"
-                        self._places.update((f"{prefix}/{path}", (node, i)) for path, node in stacked)
+            if name == "layers":
+                self._add_layers(child, prefix)
+            elif isinstance(child, Mapping):
+                self._add(child, f"{prefix}{name}/")
+            else:
+                self._places[f"{prefix}{name}"] = (child, None)
+
+    def _add_layers(self, parts: Mapping[str, Any], prefix: str) -> None:
+        for part, runs in parts.items():
+            for first, run in runs.items():
+                stacked = list(walk(run, ""))
+                for i in range(run_length(run)):
+                    at = f"{prefix}layers/{int(first) + i}/{part}"
+                    self._places.update((f"{at}/{path}", (node, i)) for path, node in stacked)
 
     def __getitem__(self, address: str) -> Any:
         node, i = self._places[address]
@@ -121,40 +160,47 @@ def stack(trees: list[Any]) -> Any:
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{address: matrix} -> stacked tree. Neighbouring weight sets of equal signature form one run."""
-    tree = nest({a: node for a, node in flat.items() if not a.startswith("layers/")})
-    runs = _runs(flat)
-    if not runs:
-        return tree
-    layers: dict[str, Any] = {}
-    for part, groups in runs.items():
-        layers[part] = {}
+    return _assemble(flat, _runs(flat), lambda addresses: stack([flat[a] for a in addresses]))
+
+
+class _Run(NamedTuple):
+    """Weight sets that are stacked together, and the paths of their matrices."""
+
+    numbers: list[int]
+    paths: list[str]
+
+
+def _assemble(flat: Mapping[str, Any], runs: dict[tuple[str, str], list[_Run]], stacked: Callable[[list[str]], Any]):
+    """A stacked tree: `stacked(addresses)` of every run's matrices, and what stands outside of layers from `flat`."""
+    whole = {address: flat[address] for address in flat if place(address) is None}
+    for (prefix, part), groups in runs.items():
         for numbers, paths in groups:
-            stacked = {path: stack([flat[f"layers/{n}/{part}/{path}"] for n in numbers]) for path in paths}
-            layers[part][run_name(numbers[0])] = nest(stacked)
-    return {**tree, "layers": layers}
+            for path in paths:
+                at = f"{prefix}layers/{part}/{run_name(numbers[0])}/{path}"
+                whole[at] = stacked([Place(prefix, n, part, path).address for n in numbers])
+    return nest(whole)
 
 
-def _runs(flat: Mapping[str, Any]) -> dict[str, list[tuple[list[int], list[str]]]]:
-    """{part: [(weight sets, paths below them)]}: which sets are stacked together."""
-    parts: dict[str, dict[int, dict[str, Any]]] = {}
+def _runs(flat: Mapping[str, Any]) -> dict[tuple[str, str], list[_Run]]:
+    """{(stack, part): its runs}."""
+    parts: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for address, node in flat.items():
-        if address.startswith("layers/"):
-            _, number, part, path = address.split("/", 3)
-            parts.setdefault(part, {}).setdefault(int(number), {})[path] = node
-    found: dict[str, list[tuple[list[int], list[str]]]] = {}
-    for part, sets in parts.items():
+        if (at := place(address)) is not None:
+            parts.setdefault((at.stack, at.part), {}).setdefault(at.number, {})[at.path] = node
+    found: dict[tuple[str, str], list[_Run]] = {}
+    for (prefix, part), sets in parts.items():
         if sorted(sets) != list(range(len(sets))):
-            raise ValueError(f"layers/*/{part}: weight sets {sorted(sets)} are not 0 … {len(sets) - 1}")
-        groups: list[tuple[list[int], list[str]]] = []
+            raise ValueError(f"{prefix}layers/*/{part}: weight sets {sorted(sets)} are not 0 … {len(sets) - 1}")
+        groups: list[_Run] = []
         before = None
         for number in sorted(sets):
             signed = signature(sets[number])
             if groups and signed == before:
-                groups[-1][0].append(number)
+                groups[-1].numbers.append(number)
             else:
-                groups.append(([number], list(sets[number])))
+                groups.append(_Run([number], list(sets[number])))
             before = signed
-        found[part] = groups
+        found[prefix, part] = groups
     return found
 
 
@@ -162,21 +208,17 @@ def replace(params: Mapping[str, Any], changes: Mapping[str, Any], *, drop: Iter
     """Exchanges the matrices at some addresses, and leaves some out; what stays stacked as it was is not copied."""
     view, gone = View(params), set(drop)
     shapes = {**{a: n for a, n in View(abstract(params)).items() if a not in gone}, **abstract(dict(changes))}
-    before, after = _runs(View(abstract(params))), _runs(shapes)
+    kept = {tuple(r.numbers) + k for k, runs in _runs(View(abstract(params))).items() for r in runs}
     node = lambda address: changes[address] if address in changes else view[address]  # noqa: E731
-    tree = nest({a: node(a) for a in shapes if not a.startswith("layers/")})
-    layers: dict[str, Any] = {}
-    for part, groups in after.items():
-        layers[part] = {}
-        for numbers, paths in groups:
-            same = any(numbers == old for old, _ in before[part])
-            stacked = {}
-            for path in paths:
-                addresses = [f"layers/{n}/{part}/{path}" for n in numbers]
-                keep = same and not any(a in changes for a in addresses)
-                stacked[path] = view.stacked(addresses[0]) if keep else stack([node(a) for a in addresses])
-            layers[part][run_name(numbers[0])] = nest(stacked)
-    return {**tree, "layers": layers} if layers else tree
+
+    def stacked(addresses: list[str]) -> Any:
+        at = [place(a) for a in addresses]
+        same = (*(a.number for a in at if a), at[0].stack, at[0].part) in kept  # pyright: ignore[reportOptionalMemberAccess]
+        untouched = same and not any(a in changes for a in addresses)
+        return view.stacked(addresses[0]) if untouched else stack([node(a) for a in addresses])
+
+    outside = {a: node(a) for a in shapes if place(a) is None}
+    return _assemble(outside, _runs(shapes), stacked)
 
 
 def select(addresses: Iterable[str], pattern: str, *, where: str = "pattern") -> list[str]:

@@ -35,7 +35,7 @@ def decoder(**more) -> fc.Model:
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "pooler": False,
-        "learned_positions": False,
+        "position_embedding": "none",
         "embedding_norm": False,
         "rotary": Rotary(),
         "causal": True,

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from flaxcompress import encoding, tree
 from flaxcompress import model as model_file
-from flaxcompress.config import PARTS, ModelConfig, Sharing
+from flaxcompress.config import ModelConfig, Sets, Sharing
 from flaxcompress.encoding import bucket_length, pool
 from flaxcompress.folder import load, save
 from flaxcompress.formats import Bucketed, LowRank
@@ -707,7 +707,7 @@ def per_layer(config: ModelConfig, layers) -> list[dict]:
     out = []
     for layer in range(config.layers):
         params = {}
-        for part in PARTS:
+        for part in FOUR.sharing.parts:
             prefix = f"layers/{getattr(config.sharing, part)[layer]}/{part}/"
             params[part] = tree.nest({a.removeprefix(prefix): n for a, n in flat.items() if a.startswith(prefix)})
         out.append(params)
@@ -719,7 +719,7 @@ def unrolled(copies: list[dict], x, mask, c):
     def loss(copies):
         y = x
         for params in copies:
-            y, *_ = Layer(FOUR, (0, 0, 0)).apply({"params": params}, y, Context(mask=mask))
+            y, *_ = Layer(FOUR, Sets()).apply({"params": params}, y, Context(mask=mask))
         return (y * c).sum(), y
 
     (_, y), gradients = jax.value_and_grad(loss, has_aux=True)(copies)
@@ -728,7 +728,7 @@ def unrolled(copies: list[dict], x, mask, c):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("all", "sequence"))) for n in MAPS])
 def test_gradient_of_a_shared_set_is_the_sum_over_its_uses(name):
-    config = FOUR.replace(sharing=Sharing(**dict(zip(PARTS, MAPS[name], strict=True))))
+    config = FOUR.replace(sharing=Sharing(**dict(zip(FOUR.sharing.parts, MAPS[name], strict=True))))
     layers = stacked(config)
     x, mask, c = batch(config)
 
@@ -758,9 +758,9 @@ def test_gradient_of_a_shared_set_is_the_sum_over_its_uses(name):
 
 @pytest.mark.parametrize("name", MAPS)
 def test_a_shared_set_is_one_leaf(name):
-    config = FOUR.replace(sharing=Sharing(**dict(zip(PARTS, MAPS[name], strict=True))))
+    config = FOUR.replace(sharing=Sharing(**dict(zip(FOUR.sharing.parts, MAPS[name], strict=True))))
     layers = stacked(config)
-    for part, sets in zip(PARTS, MAPS[name], strict=True):
+    for part, sets in zip(config.sharing.parts, MAPS[name], strict=True):
         assert list(layers[part]) == ["000"]
         assert {leaf.shape[0] for leaf in jax.tree.leaves(layers[part])} == {len(set(sets))}
     counted = sum(leaf.size for leaf in jax.tree.leaves(layers))
@@ -813,7 +813,7 @@ def test_dropout_of_layer_l_draws_from_the_folded_key():
         y = x
         for number, params in enumerate(copies):
             rngs = {"dropout": jax.random.fold_in(key, number)}
-            y, *_ = Layer(config, (0, 0, 0)).apply(
+            y, *_ = Layer(config, Sets()).apply(
                 {"params": params}, y, Context(mask=mask), deterministic=False, rngs=rngs
             )
         return y

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 
 from flaxcompress import tree
 from flaxcompress.compress.calibrate import Batch, moments_of
-from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.config import ModelConfig, Sets
 from flaxcompress.encoding import compute_dtype, lookup
 from flaxcompress.formats import dense
 from flaxcompress.model import Model
-from flaxcompress.nn import INPUTS, Context, Layer, layer_sets
+from flaxcompress.nn import INPUTS, Context, Layer
 from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
 
@@ -109,8 +109,8 @@ class LayerWalk:
 
     def _params(self, layer: int, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         params: dict[str, Any] = {}
-        for part, number in zip(PARTS, layer_sets(self._config, layer), strict=True):
-            prefix = f"layers/{number}/{part}/"
+        for part in self._config.sharing.parts:
+            prefix = self._address(layer, part, "")
             params[part] = tree.nest(
                 {
                     a.removeprefix(prefix): dense(changes[a]) if changes and a in changes else self.kernel(a)
@@ -121,7 +121,7 @@ class LayerWalk:
         return params
 
     def _layer(self, params: Any, layer: int, batch: int, x: jax.Array) -> jax.Array:
-        return _run_layer(self._config, layer_sets(self._config, layer), params, x, self._context(batch, layer))
+        return _run_layer(self._config, self._config.sharing.of_layer(layer), params, x, self._context(batch, layer))
 
     def _context(self, batch: int, layer: int) -> Context:
         return self._contexts[batch].within(self._config.local[layer])
@@ -129,23 +129,24 @@ class LayerWalk:
     def _moments(self, number: int, name: str) -> jax.Array:
         total: Any = 0.0
         params = self._params(number)
-        sets = layer_sets(self._config, number)
+        sets = self._config.sharing.of_layer(number)
         for i, x in enumerate(self._states):
             total = total + _layer_moments(self._config, sets, params, x, self._context(i, number), name)
         return total / self._tokens
 
 
-def _structure(config: ModelConfig, sets: tuple[int, int, int]) -> tuple[int, int, int]:
+def _structure(config: ModelConfig, sets: Sets) -> Sets:
     """Sets of a layer of the same structure, so that equal layers share one program."""
-    return (0, 0, 0) if config.first_norm else (0, 0, min(sets[-1], 1))
+    return Sets() if config.first_norm else Sets(norms=min(sets.norms, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_layer(config: ModelConfig, sets: tuple[int, int, int], params, x, context):
-    return Layer(config, _structure(config, sets)).apply({"params": params}, x, context)[0]
+def _run_layer(config: ModelConfig, sets: Sets, params, x, context):
+    out: Any = Layer(config, _structure(config, sets)).apply({"params": params}, x, context)
+    return out.x
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def _layer_moments(config: ModelConfig, sets: tuple[int, int, int], params, x, context, name: str):
+def _layer_moments(config: ModelConfig, sets: Sets, params, x, context, name: str):
     _, recorded = Layer(config, _structure(config, sets)).apply({"params": params}, x, context, mutable=[INPUTS])
     return moments_of(recorded[INPUTS], context.real)[name]

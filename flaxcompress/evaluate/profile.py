@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from flaxcompress import tree
-from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import compute_dtype
 from flaxcompress.formats import matmul_flops, nbytes, spec_of, stored_values, take_flops
 from flaxcompress.model import Model
@@ -23,6 +23,7 @@ _PARTS = (  # the first full match decides; what matches none is `REST`
     ("positions and segments", r"embedding/(position|segment)"),
     ("attention", r"layers/\d+/attention/.*/kernel"),
     ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
+    ("decoder", r"decoder/.*"),
     (REST, r"layers/.*|embedding/.*|final_norm/.*"),
     ("relative positions", r"relative_bias/.*"),
     ("pooler", r"pooler/.*"),
@@ -168,14 +169,13 @@ def part_of(address: str) -> str:
 def _flops(config: ModelConfig, address: str, node: Any, length: int) -> float:
     if len(node.shape) != 2:
         return 0.0
-    if address.startswith("embedding/"):
+    if "embedding/" in address:
         return take_flops(node)
     if address.startswith("pooler/"):
         return matmul_flops(node) / length
-    if address.startswith("layers/"):
-        _, number, part, *_ = address.split("/")
-        uses = getattr(config.sharing, part).count(int(number)) if part in PARTS else 1
-        return uses * matmul_flops(node)
+    if (at := tree.place(address)) is not None:
+        sharing = config.decoder.sharing if at.stack and config.decoder else config.sharing
+        return getattr(sharing, at.part).count(at.number) * matmul_flops(node)
     return matmul_flops(node)
 
 

@@ -318,7 +318,7 @@ class FlaxCompressModel(PreTrainedModel):
     def _tables(self, c, width):
         """What token ids are looked up in."""
         self._table("embedding/token", c["vocabulary"], width)
-        if c["learned_positions"]:
+        if c["position_embedding"] == "learned":
             self._table("embedding/position", c["positions"] + c["position_offset"], width)
         if c["segments"]:
             self._table("embedding/segment", c["segments"], width)
@@ -385,7 +385,7 @@ class FlaxCompressModel(PreTrainedModel):
         """[B, T] ids -> [B, T, D] in the model's dtype."""
         c = self.structure
         x = take(self.weight("embedding/token"), ids)
-        if c["learned_positions"]:
+        if c["position_embedding"] == "learned":
             if c["position_offset"]:  # tokens other than padding are counted; padding has the row before theirs
                 real = ids != c["pad_token"]
                 positions = real.cumsum(1) * real + c["position_offset"] - 1

@@ -91,10 +91,10 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
 
 def stored_address(config: ModelConfig, address: str) -> str:
     """Where the weight that a layer uses is stored: "layers/<layer>/…" -> "layers/<weight set>/…"."""
-    if not address.startswith("layers/"):
+    if (at := tree.place(address)) is None:
         return address
-    _, layer, part, rest = address.split("/", 3)
-    return f"layers/{getattr(config.sharing, part)[int(layer)]}/{part}/{rest}"
+    sharing = config.decoder.sharing if at.stack and config.decoder else config.sharing
+    return at._replace(number=getattr(sharing, at.part)[at.number]).address
 
 
 def _card(assets: Assets) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxcompress.config import PARTS, ModelConfig, Sharing
+from flaxcompress.config import ModelConfig, Sharing
 from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, required, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, read_encoder, write_encoder
 
@@ -36,7 +36,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         "albert",
         head=head,
         embedding_width=hf.get("embedding_size", 128),
-        sharing=Sharing(**dict.fromkeys(PARTS, each)),
+        sharing=Sharing(attention=each, feed_forward=each, norms=each),
     )
 
 
@@ -44,7 +44,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`. Raises ValueError for a sharing map that ALBERT's groups cannot say."""
     groups = config.sharing.sets("attention")
     each = group_map(config.layers, groups)
-    if any(getattr(config.sharing, part) != each for part in PARTS):
+    if any(getattr(config.sharing, part) != each for part in config.sharing.parts):
         raise ValueError(
             f"export: ALBERT's groups share everything between neighbours; the map {list(config.sharing.attention)} of "
             "attention, or that of another part, is another"

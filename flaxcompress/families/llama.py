@@ -55,7 +55,7 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
         initializer_range=hf.get("initializer_range", 0.02),
         pad_token=max(0, hf.get("pad_token_id") or 0),
         pooler=False,
-        learned_positions=False,
+        position_embedding="none",
         embedding_norm=False,
         rotary=read_rotary(hf),
         causal=True,

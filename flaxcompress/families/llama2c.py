@@ -107,7 +107,7 @@ def read_checkpoint(file: Path) -> tuple[ModelConfig, dict[str, np.ndarray], Ass
         dropout=0.0,
         attention_dropout=0.0,
         pooler=False,
-        learned_positions=False,
+        position_embedding="none",
         embedding_norm=False,
         rotary=Rotary(),
         causal=True,

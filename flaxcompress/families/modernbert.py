@@ -41,7 +41,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         initializer_range=hf.get("initializer_range", 0.02),
         pad_token=hf.get("pad_token_id") or 0,
         pooler=False,
-        learned_positions=False,
+        position_embedding="none",
         rotary=read_alternating(hf, 160_000.0, 10_000.0),
         window=hf.get("local_attention", 128) // 2 if any(local) else 0,
         local=local,

@@ -1,10 +1,11 @@
 """Flax Linen modules, one idea per file."""
 
-from flaxcompress.nn.cache import Cache, init_cache, is_ring
+from flaxcompress.nn.cache import Cache, is_ring
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.init_cache import init_cache
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
-from flaxcompress.nn.stack import Stack, layer_sets
+from flaxcompress.nn.stack import Stack
 from flaxcompress.nn.transformer import Transformer, TransformerOutput, run
 
 __all__ = [
@@ -17,6 +18,5 @@ __all__ = [
     "TransformerOutput",
     "init_cache",
     "is_ring",
-    "layer_sets",
     "run",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -36,20 +39,30 @@ class Norms(nn.Module):
     """The norms of one layer, one weight set: they are shared (or not) apart from the matrices.
 
     Attributes:
+      sublayers: the names of what is added to the residual stream.
       number: the weight set; without `config.first_norm` the first one has no norm before attention.
     """
 
     config: ModelConfig
+    sublayers: tuple[str, ...]
     number: int
-    dtype: jnp.dtype = jnp.float32
+    prefix: str = ""
 
     def setup(self):
-        address = f"layers/{self.number}/norms"
-        self.attention = (
-            Norm(self.config, f"{address}/attention", self.dtype) if self.config.first_norm or self.number else None
-        )
-        self.feed_forward = Norm(self.config, f"{address}/feed_forward", self.dtype)
+        for name in self.sublayers:
+            if name != "attention" or self.config.first_norm or self.number:
+                setattr(self, name, Norm(self.config, f"{self.prefix}layers/{self.number}/norms/{name}"))
 
-    def before(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """What attention reads where norms come before."""
-        return x if self.attention is None else self.attention(x).astype(x.dtype)
+    def residual(
+        self, name: str, x: Float[Array, "B T D"], sublayer: Callable[[Float[Array, "B T D"]], tuple[Any, Any]]
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """x with a sublayer's output added, normalised where the config says, and what else the sublayer returned."""
+        if self.config.norm_place == "pre":
+            y, other = sublayer(self._norm(name, x))
+            return x + y, other
+        y, other = sublayer(x)
+        return self._norm(name, x + y), other
+
+    def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        norm = getattr(self, name, None)
+        return x if norm is None else norm(x).astype(x.dtype)

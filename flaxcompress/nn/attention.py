@@ -14,6 +14,31 @@ from flaxcompress.nn.linear import Linear, project_together
 from flaxcompress.ops import attend_values, attention_probabilities, dot_product_attention, rotate
 
 
+class Core(nn.Module):
+    """softmax(QKᵀ)V with dropout on the probabilities, and the probabilities [B, H, T, S] when asked for."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "B T H d"],
+        key: Float[Array, "B S K d"],
+        value: Float[Array, "B S K e"],
+        mask,
+        bias=None,
+        *,
+        deterministic: bool,
+        need_probabilities: bool,
+    ) -> tuple[Float[Array, "B T H e"], Float[Array, "B H T S"] | None]:
+        rate, scale = self.config.attention_dropout, self.config.attention_scale
+        if need_probabilities or (not deterministic and rate > 0):
+            probabilities = attention_probabilities(query, key, mask, bias, scale=scale)
+            dropped = nn.Dropout(rate, name="drop")(probabilities, deterministic=deterministic)
+            return attend_values(dropped, value), probabilities if need_probabilities else None
+        return dot_product_attention(query, key, value, mask, bias, scale=scale), None
+
+
 class Attention(nn.Module):
     """[B, T, D] -> [B, T, D], the probabilities [B, H, T, S] when asked for, and the cache with the tokens stored.
 
@@ -22,6 +47,11 @@ class Attention(nn.Module):
 
     config: ModelConfig
     address: str
+
+    @staticmethod
+    def cache_arrays(config: ModelConfig) -> dict[str, tuple[int, int]]:
+        """What the cache keeps of a token: {name: (heads, width)}."""
+        return {"key": (config.groups, config.head_dim), "value": (config.groups, config.head_dim)}
 
     def setup(self):
         config, address = self.config, self.address
@@ -33,7 +63,7 @@ class Attention(nn.Module):
         if config.query_key_norm:
             self.query_norm = Norm(config, f"{address}/query_norm")
             self.key_norm = Norm(config, f"{address}/key_norm")
-        self.drop = nn.Dropout(config.attention_dropout)
+        self.core = Core(config)
 
     def __call__(
         self,
@@ -60,13 +90,6 @@ class Attention(nn.Module):
             else:
                 key, value = new.read("key", key.dtype), new.read("value", value.dtype)
             cache = new
-        dropping = not deterministic and config.attention_dropout > 0
-        if dropping or need_probabilities:
-            probabilities = attention_probabilities(query, key, context.mask, context.bias)
-            dropped = self.drop(probabilities, deterministic=deterministic)
-            y = attend_values(dropped, value)
-        else:
-            probabilities = None
-            y = dot_product_attention(query, key, value, context.mask, context.bias)
-        y = self.output(y.reshape(*y.shape[:-2], -1))
-        return y, probabilities if need_probabilities else None, cache
+        need = {"deterministic": deterministic, "need_probabilities": need_probabilities}
+        y, probabilities = self.core(query, key, value, context.mask, context.bias, **need)
+        return self.output(y.reshape(*y.shape[:-2], -1)), probabilities, cache

@@ -15,12 +15,13 @@ class Cache(NamedTuple):
     """What layers keep of the tokens so far; S slots, filled in turn and then from the start again (a ring).
 
     Attributes:
-      layers: {"key": [L, B, K, S, d], "value": …}: what `Attention` keeps, stacked over layers; heads before slots, as
-        the products of attention want them.
+      layers: {"key": [L, B, K, S, d], "value": …}: what attention keeps of tokens, stacked over layers; heads before
+        slots, as the products of attention want them. In a decoder also "cross_key" and "cross_value", of the memory.
       real: [B, S] whether a slot holds a token that may be seen (padding may not).
       places: [S] the place in the sequence of what a slot holds; the same for all rows.
       length: how many places are filled so far, padding included.
       counts: [B] how many tokens that are not padding each row has.
+      memory_mask: which of the encoder's tokens are no padding, [B, M], in a decoder.
     """
 
     layers: Any
@@ -28,19 +29,7 @@ class Cache(NamedTuple):
     places: Integer[Array, " S"]
     length: Integer[Array, ""]
     counts: Integer[Array, " B"]
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `length` tokens; no longer than the window where every layer has one."""
-    slots = cache_slots(config, length)
-    shape = (config.layers, batch, config.groups, slots, config.head_dim)
-    return Cache(
-        layers={"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)},
-        real=jnp.zeros((batch, slots), bool),
-        places=jnp.zeros(slots, jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-        counts=jnp.zeros(batch, jnp.int32),
-    )
+    memory_mask: Any = None
 
 
 def cache_slots(config: ModelConfig, length: int) -> int:
@@ -94,6 +83,14 @@ class LayerCache(NamedTuple):
         else:
             changed = jax.lax.dynamic_update_slice(old, last[None], (self.index, 0, 0, slots[0], 0))
         return self._replace(layers={**self.layers, name: changed})
+
+    def fill(self, name: str, new: Float[Array, "B M K d"]) -> LayerCache:
+        """With all of an array exchanged in this layer."""
+        old = self.layers[name]
+        rows = new.transpose(0, 2, 1, 3).astype(old.dtype)[None]
+        return self._replace(
+            layers={**self.layers, name: jax.lax.dynamic_update_slice(old, rows, (self.index, 0, 0, 0, 0))}
+        )
 
 
 def advance(cache: Cache, real: Bool[Array, "B T"], slots: Integer[Array, " t"]) -> Cache:

@@ -19,6 +19,8 @@ class Context(NamedTuple):
       rotation: (cos, sin) of the tokens' angles, [B, T, 1, d/2].
       local_rotation: the same in layers with a window.
       slots: where the layer's cache puts the tokens, [t]; None: there is no cache.
+      memory: the encoder's output, [B, S, D], in a decoder; None where the cache has what it needs of it.
+      memory_mask: which of its tokens are no padding, [B, S].
     """
 
     real: Any = None
@@ -28,6 +30,8 @@ class Context(NamedTuple):
     rotation: Any = None
     local_rotation: Any = None
     slots: Any = None
+    memory: Any = None
+    memory_mask: Any = None
 
     def within(self, local: bool | jax.Array) -> Context:
         """As a layer with (`local`) or without a window sees it; `local` may be traced."""

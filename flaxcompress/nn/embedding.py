@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from flaxcompress.config import ModelConfig
@@ -12,30 +13,40 @@ from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.linear import Linear, weight
 
 
+def sinusoids(places: Integer[Array, "*B"], width: int) -> Float[Array, "*B E"]:
+    """sin(p/10000^(2i/E)) for i < E/2, then the cosines (Vaswani et al. 2017, §3.5, the columns in another order)."""
+    frequency = 10_000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    angles = places[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles[..., : width // 2])], -1)
+
+
 class Embedding(nn.Module):
     """[B, T] ids -> [B, T, D] in `dtype`; `vectors` stand in for the token table's rows when given.
 
-    Ids outside a table read its nearest row; `Model` checks them beforehand.
+    A config without a vocabulary has no token table and always needs them. Ids outside a table read its nearest row;
+    `Model` checks them beforehand.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    prefix: str = ""
 
     def setup(self):
         config = self.config
 
         def table(name, rows):
-            spec = spec_for(config, f"embedding/{name}")
+            spec = spec_for(config, f"{self.prefix}embedding/{name}")
             initializer = nn.initializers.normal(config.initializer_range)
             return weight(self, name, lambda key: spec.init(key, (rows, config.table_width), initializer, table=True))
 
-        self.token = table("token", config.vocabulary)
-        if config.learned_positions:
+        if config.vocabulary:
+            self.token = table("token", config.vocabulary)
+        if config.position_embedding == "learned":
             self.position = table("position", config.positions + config.position_offset)
         self.segment = table("segment", config.segments) if config.segments else None
-        self.norm = Norm(config, "embedding/norm", self.dtype) if config.embedding_norm else None
+        self.norm = Norm(config, f"{self.prefix}embedding/norm", self.dtype) if config.embedding_norm else None
         if config.embedding_width is not None:
-            self.projection = Linear(config, "embedding/projection", config.table_width, config.width)
+            self.projection = Linear(config, f"{self.prefix}embedding/projection", config.table_width, config.width)
         self.drop = nn.Dropout(config.dropout)
 
     def __call__(
@@ -50,12 +61,14 @@ class Embedding(nn.Module):
         """`positions` are 0, 1, 2, … when not given."""
         config = self.config
         x = take(self.token, ids) if vectors is None else vectors
-        if config.learned_positions:
+        x = x if config.embedding_scale == 1.0 else x * config.embedding_scale
+        if config.position_embedding != "none":
             places = jnp.arange(ids.shape[1]) if positions is None else positions
             if config.position_offset:
                 real = ids != config.pad_token
                 places = jnp.where(real, jnp.cumsum(real, axis=1), 0) + config.position_offset - 1
-            x = x + take(self.position, places)
+            learned = config.position_embedding == "learned"
+            x = x + (take(self.position, places) if learned else sinusoids(places, config.table_width))
         if self.segment is not None:
             x = x + take(self.segment, jnp.zeros_like(ids) if segments is None else segments)
         x = x if self.norm is None else self.norm(x)

@@ -56,7 +56,10 @@ class ReplacedToken(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Logits of the next token, [B, T, D] -> [B, T, V], float32: by the token table, or a kernel of its own."""
+    """Logits of the next token, [B, T, D] -> [B, T, V], float32: by the token table, or a kernel of its own.
+
+    The input is scaled by `config.logit_scale` first.
+    """
 
     config: ModelConfig
 
@@ -64,11 +67,16 @@ class CausalLM(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T V"]:
         del pooled
         config = self.config
+        x = x if config.logit_scale == 1.0 else x * jnp.asarray(config.logit_scale, x.dtype)
         if config.tied:
-            return attend(x, table).astype(jnp.float32)
-        return Linear(config, "head/output", config.width, config.vocabulary, False, name="output")(x).astype(
-            jnp.float32
-        )
+            y = attend(x, table).astype(jnp.float32)
+        else:
+            output = Linear(config, "head/output", config.width, config.vocabulary, False, name="output")
+            y = output(x).astype(jnp.float32)
+        if not config.logit_bias:
+            return y
+        zeros = vector_init(config, "head/bias", nn.initializers.zeros_init())
+        return y + self.param("bias", zeros, (config.vocabulary,))
 
 
 class SequenceClassification(nn.Module):
@@ -100,6 +108,7 @@ HEADS: dict[str, type[nn.Module]] = {
     "masked_lm": MaskedLM,
     "replaced_token": ReplacedToken,
     "causal_lm": CausalLM,
+    "seq2seq_lm": CausalLM,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
     "span": TokenClassification,

@@ -35,6 +35,7 @@ class ImageEmbedding(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    prefix: str = ""
 
     def setup(self):
         config = self.config

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import ModelConfig, Sets
 from flaxcompress.nn.add_norm import Norms
-from flaxcompress.nn.attention import Attention
+from flaxcompress.nn.attention_kinds import attention_kind
 from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.cross_attention import CrossAttention
 from flaxcompress.nn.feed_forward import FeedForward
 
 
-class Layer(nn.Module):
-    """Post-norm: x = norm(x + f(x)); pre-norm: x = x + f(norm(x)); for f attention, then feed-forward.
+class LayerOutput(NamedTuple):
+    """A layer's output, its attention probabilities when asked for, and its cache with the tokens stored."""
 
-    Its parameters form one tree per part ("attention", "feed_forward", "norms"), which `Stack` shares separately.
+    x: Float[Array, "B T D"]
+    probabilities: Any = None
+    cross_probabilities: Any = None
+    cache: LayerCache | None = None
+
+
+class Layer(nn.Module):
+    """Attention, attention to the encoder's output in a decoder that has one, feed-forward: each added to its input.
+
+    Its parameters form one tree per part (see `config.PARTS`), which `Stack` shares separately.
 
     Attributes:
-      sets: the weight set of each part, in the order of `config.PARTS`; they decide the formats.
+      sets: the weight set of each part; they decide the formats.
+      prefix: what the addresses begin with.
     """
 
     config: ModelConfig
-    sets: tuple[int, int, int]
+    sets: Sets = Sets()
+    prefix: str = ""
 
     def setup(self):
-        attention, feed_forward, norms = self.sets
-        self.attention = Attention(self.config, f"layers/{attention}/attention")
-        self.feed_forward = FeedForward(self.config, f"layers/{feed_forward}/feed_forward")
-        self.norms = Norms(self.config, norms)
-        self.drop = nn.Dropout(self.config.dropout)
+        config, sets = self.config, self.sets
+        at = {part: f"{self.prefix}layers/{number}/{part}" for part, number in sets._asdict().items()}
+        self.attention = attention_kind(config)(config, at["attention"])
+        if config.sharing.cross_attention:
+            self.cross_attention = CrossAttention(config, at["cross_attention"])
+        self.feed_forward = FeedForward(config, at["feed_forward"])
+        sublayers = tuple(part for part in config.sharing.parts if part != "norms")
+        self.norms = Norms(config, sublayers, sets.norms, self.prefix)
+        self.drop = nn.Dropout(config.dropout)
 
     def __call__(
         self,
@@ -40,16 +58,24 @@ class Layer(nn.Module):
         cache: LayerCache | None = None,
         deterministic: bool = True,
         need_probabilities: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
-        """The layer's output, its attention probabilities when asked for, and its cache with the tokens stored."""
-        pre = self.config.norm_place == "pre"
-        attend = {"cache": cache, "deterministic": deterministic, "need_probabilities": need_probabilities}
-        before = self.norms.before(x) if pre else x
-        y, probabilities, cache = self.attention(before, context, **attend)
-        x = x + self.drop(y, deterministic=deterministic)
-        x = x if pre else self.norms.before(x)
-        y = self.feed_forward(self.norms.feed_forward(x).astype(x.dtype) if pre else x)
-        x = x + self.drop(y, deterministic=deterministic)
-        if not pre:
-            x = self.norms.feed_forward(x).astype(x.dtype)
-        return x, probabilities, cache
+    ) -> LayerOutput:
+        """Runs the layer; `cache` is given while decoding."""
+        need = {"deterministic": deterministic, "need_probabilities": need_probabilities}
+
+        def attend(x: Any) -> Any:
+            y, *rest = self.attention(x, context, cache=cache, **need)
+            return self.drop(y, deterministic=deterministic), rest
+
+        def attend_to_memory(x: Any) -> Any:
+            y, *rest = self.cross_attention(x, context, cache=cache, **need)
+            return self.drop(y, deterministic=deterministic), rest
+
+        def feed(x: Any) -> Any:
+            return self.drop(self.feed_forward(x), deterministic=deterministic), None
+
+        x, (probabilities, cache) = self.norms.residual("attention", x, attend)
+        cross = None
+        if self.config.sharing.cross_attention:
+            x, (cross, cache) = self.norms.residual("cross_attention", x, attend_to_memory)
+        x, _ = self.norms.residual("feed_forward", x, feed)
+        return LayerOutput(x, probabilities, cross, cache)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flaxcompress import tree
-from flaxcompress.config import PARTS, ModelConfig
+from flaxcompress.config import PARTS, ModelConfig, Sets
 from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
@@ -32,6 +32,7 @@ class StackOutput(NamedTuple):
       x: [B, T, D].
       hidden_states: the input of every layer, [L, B, T, D].
       attentions: the attention probabilities, [L, B, H, T, T].
+      cross_attentions: those of a decoder on the encoder's tokens, [L, B, H, T, S].
       recorded: (first layer, what `record` returned stacked over the segment's layers), one entry per segment.
       cache: what the layers keep for later tokens, stacked.
     """
@@ -39,6 +40,7 @@ class StackOutput(NamedTuple):
     x: Any
     hidden_states: Any = None
     attentions: Any = None
+    cross_attentions: Any = None
     recorded: Any = None
     cache: Any = None
 
@@ -54,11 +56,11 @@ class Segment(NamedTuple):
 def segments(config: ModelConfig, layers: dict[str, Any]) -> list[Segment]:
     """Cuts the layers where a part moves to another run."""
     run_of: dict[str, dict[int, str]] = {}
-    for part in PARTS:
+    for part in config.sharing.parts:
         run_of[part] = {int(name) + i: name for name, run in layers[part].items() for i in range(tree.run_length(run))}
     found: list[Segment] = []
     for layer in range(config.layers):
-        runs = {part: run_of[part][getattr(config.sharing, part)[layer]] for part in PARTS}
+        runs = {part: run_of[part][getattr(config.sharing, part)[layer]] for part in config.sharing.parts}
         if found and found[-1].runs == runs:
             found[-1] = found[-1]._replace(last=layer + 1)
         else:
@@ -66,22 +68,16 @@ def segments(config: ModelConfig, layers: dict[str, Any]) -> list[Segment]:
     return found
 
 
-def layer_sets(config: ModelConfig, layer: int) -> tuple[int, int, int]:
-    """The weight sets that `layer` uses, in the order of PARTS."""
-    attention, feed_forward, norms = (getattr(config.sharing, part)[layer] for part in PARTS)
-    return attention, feed_forward, norms
-
-
-def init_layers(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[str, Any]:
     """The stacked parameters of all weight sets, `params["layers"]`."""
     x = jnp.zeros((1, 1, config.width))
+    context = Context(memory=x) if config.sharing.cross_attention else Context()
     flat: dict[str, Any] = {}
     for index, part in enumerate(PARTS):
-        for number in range(config.sharing.sets(part)):
-            attention, feed_forward, norms = (number if i == index else 0 for i in range(len(PARTS)))
-            sets = (attention, feed_forward, norms)
+        for number in range(config.sharing.sets(part) if part in config.sharing.parts else 0):
+            layer = Layer(config, Sets(**{part: number}), prefix, parent=None)
             layer_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            one = Layer(config, sets, parent=None).init(layer_key, x)["params"][part]  # pyright: ignore[reportIndexIssue]
+            one = layer.init(layer_key, x, context)["params"][part]  # pyright: ignore[reportIndexIssue]
             flat.update(tree.walk(one, f"layers/{number}/{part}"))
     return tree.unflatten(flat)["layers"]
 
@@ -90,6 +86,7 @@ class Stack(nn.Module):
     """Runs L layers. Dropout in layer l draws from fold_in(key, l)."""
 
     config: ModelConfig
+    prefix: str = ""
 
     @nn.compact
     def __call__(
@@ -104,25 +101,27 @@ class Stack(nn.Module):
         record: Record | None = None,
     ) -> StackOutput:
         """Runs the layers; `record(inputs, mask)` reduces what each kernel is multiplied by (see `Linear`)."""
-        config = self.config
+        config, parts = self.config, self.config.sharing.parts
         if self.is_initializing():
-            layers = init_layers(config, self.make_rng("params"))
-            for part in PARTS:
+            layers = init_layers(config, self.make_rng("params"), self.prefix)
+            for part in parts:
                 self.put_variable("params", part, layers[part])
         else:
-            layers = {part: self.get_variable("params", part) for part in PARTS}
+            layers = {part: self.get_variable("params", part) for part in parts}
         dropout_key = None if deterministic else self.make_rng("dropout")
-        hidden, attentions, recorded = [], [], []
+        hidden, attentions, crossed, recorded = [], [], [], []
         for segment in segments(config, layers):
             need = (need_hidden_states, need_attentions, record)
             (x, cache), outputs = self._scan(segment, layers, x, context, cache, dropout_key, *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
-            recorded.append((segment.first, outputs[2]))
+            crossed.append(outputs[2])
+            recorded.append((segment.first, outputs[3]))
         return StackOutput(
             x,
             jnp.concatenate(hidden) if need_hidden_states else None,
             jnp.concatenate(attentions) if need_attentions else None,
+            jnp.concatenate(crossed) if need_attentions and config.sharing.cross_attention else None,
             recorded if record is not None else None,
             cache,
         )
@@ -130,9 +129,9 @@ class Stack(nn.Module):
     def _scan(self, segment, layers, x, context, cache, dropout_key, need_hidden_states, need_attentions, record):
         config = self.config
         first, last, runs = segment
-        module = Layer(config, layer_sets(config, first), parent=None)
+        module = Layer(config, config.sharing.of_layer(first), self.prefix, parent=None)
         scanned, picked, closed = {}, {}, {}
-        for part in PARTS:
+        for part in config.sharing.parts:
             run = layers[part][runs[part]]
             local = [number - int(runs[part]) for number in getattr(config.sharing, part)[first:last]]
             if tree.run_length(run) == 1:
@@ -150,7 +149,7 @@ class Stack(nn.Module):
             for part, (run, _) in picked.items():
                 params[part] = jax.tree.map(lambda leaf, i=indices[part]: leaf[i], run)
             rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, number)}
-            (y, probabilities, kept), recorded = module.apply(
+            out, recorded = module.apply(
                 {"params": params},
                 x,
                 context.within(windows[0] if alike else is_local),
@@ -161,8 +160,9 @@ class Stack(nn.Module):
                 mutable=[INPUTS] if record is not None else [],
             )
             inputs = record(recorded[INPUTS], context.real) if record is not None else None
-            cache = None if kept is None else kept.layers
-            return (y, cache), (x if need_hidden_states else None, probabilities, inputs)
+            cache = None if out.cache is None else out.cache.layers
+            state = x if need_hidden_states else None
+            return (out.x, cache), (state, out.probabilities, out.cross_probabilities, inputs)
 
         indices = {part: local for part, (_, local) in picked.items()}
         steps = (jnp.arange(first, last), scanned, indices, None if alike else jnp.asarray(windows))

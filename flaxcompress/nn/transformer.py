@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from flaxcompress.config import ModelConfig
+from flaxcompress.formats import take
 from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, seen, slots_of
 from flaxcompress.nn.context import Context
@@ -23,47 +24,68 @@ from flaxcompress.nn.stack import Record, Stack
 from flaxcompress.ops import both, frequencies, rotation, sight
 
 
+class Memory(NamedTuple):
+    """The encoder's output [B, S, D], and which of its tokens are no padding [B, S] (None: all)."""
+
+    states: Any
+    mask: Any = None
+
+
 class TransformerOutput(NamedTuple):
-    """Fields that were not asked for, or that the structure lacks, are None."""
+    """Fields that were not asked for, or that the structure lacks, are None.
+
+    With a decoder all fields are the decoder's; `encoder` has those of the encoder, where it ran.
+    """
 
     last_hidden_state: Float[Array, "B T D"]
     pooled: Any = None
     logits: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    cross_attentions: Any = None
     recorded: Any = None
     cache: Any = None
+    encoder: Any = None
 
 
 class Transformer(nn.Module):
     """[B, T] token ids -> `TransformerOutput`; computes in `dtype`, norms and softmax in float32.
 
-    With `last_logits` a language-modelling head sees the last token only.
+    With a decoder, `ids` are the encoder's; the decoder's make it run too. With `last_logits` a language-modelling head
+    sees the last token only.
+
+    Attributes:
+      prefix: what the addresses begin with: "" or "decoder/".
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    prefix: str = ""
 
     def setup(self):
         config = self.config
         kind = Embedding if config.patches is None else ImageEmbedding
-        self.embedding: Any = kind(config, self.dtype)
+        self.embedding: Any = kind(config, self.dtype, self.prefix)
         if config.relative_buckets:
-            self.relative_bias = RelativeBias(config)
-        self.layers = Stack(config)
+            self.relative_bias = RelativeBias(config, self.prefix)
+        self.layers = Stack(config, self.prefix)
         if config.final_norm:
-            self.final_norm = Norm(config, "final_norm", self.dtype)
+            self.final_norm = Norm(config, f"{self.prefix}final_norm", self.dtype)
         if config.pooler:
             self.pooler = Pooler(config)
         if config.head != "none":
             self.head = HEADS[config.head](config)
+        if config.decoder is not None:
+            self.decoder = Transformer(config.decoder.replace(formats=config.formats), self.dtype, "decoder/")
 
     def __call__(
         self,
-        ids: Integer[Array, "B T"],
-        mask: Bool[Array, "B T"] | None = None,
-        segments: Integer[Array, "B T"] | None = None,
+        ids: Integer[Array, "B S"] | None,
+        mask: Bool[Array, "B S"] | None = None,
+        segments: Integer[Array, "B S"] | None = None,
         *,
+        decoder_ids: Integer[Array, "B T"] | None = None,
+        decoder_mask: Bool[Array, "B T"] | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
         need_hidden_states: bool = False,
@@ -74,7 +96,44 @@ class Transformer(nn.Module):
         vectors: Float[Array, "B T D"] | None = None,
     ) -> TransformerOutput:
         config = self.config
-        x, context, after = self.start(ids, mask, segments, cache, deterministic=deterministic, vectors=vectors)
+        need = {"deterministic": deterministic, "need_hidden_states": need_hidden_states, "record": record}
+        need["need_attentions"] = need_attentions
+        if config.decoder is None:
+            out = self.body(ids, mask, segments, cache=cache, vectors=vectors, **need)
+        else:
+            out = None if ids is None else self.body(ids, mask, segments, vectors=vectors, **need)
+            if self.is_initializing() and decoder_ids is None:
+                decoder_ids = ids
+            if decoder_ids is None:
+                assert out is not None, "ids of the encoder or of the decoder"
+                return out
+            seen = None if out is None else Memory(out.last_hidden_state, mask)
+            rows = take(self.embedding.token, decoder_ids)
+            after = self.decoder.body(decoder_ids, decoder_mask, cache=cache, vectors=rows, memory=seen, **need)
+            out = after._replace(encoder=out)
+        if config.head == "none" or not (need_logits or self.is_initializing()):
+            return out
+        x, table = out.last_hidden_state, None if config.patches is not None else self.embedding.token
+        return out._replace(logits=self.head(x[:, -1:] if last_logits else x, table, out.pooled))
+
+    def body(
+        self,
+        ids: Any,
+        mask: Bool[Array, "B T"] | None = None,
+        segments: Integer[Array, "B T"] | None = None,
+        *,
+        cache: Cache | None = None,
+        vectors: Float[Array, "B T E"] | None = None,
+        memory: Memory | None = None,
+        deterministic: bool = True,
+        need_hidden_states: bool = False,
+        need_attentions: bool = False,
+        record: Record | None = None,
+    ) -> TransformerOutput:
+        """Embeddings, layers, final norm and pooler."""
+        config = self.config
+        more = {"deterministic": deterministic, "vectors": vectors, "memory": memory}
+        x, context, after = self.start(ids, mask, segments, cache, **more)
         out = self.layers(
             x,
             context,
@@ -87,12 +146,8 @@ class Transformer(nn.Module):
         x = self.final_norm(out.x) if config.final_norm else out.x
         hidden = jnp.concatenate([out.hidden_states, x[None]]) if need_hidden_states else None
         pooled = self.pooler(x) if config.pooler else None
-        logits = None
-        if config.head != "none" and (need_logits or self.is_initializing()):
-            table = None if config.patches is not None else self.embedding.token
-            logits = self.head(x[:, -1:] if last_logits else x, table, pooled)
         kept = None if after is None else after._replace(layers=out.cache)
-        return TransformerOutput(x, pooled, logits, hidden, out.attentions, out.recorded, kept)
+        return TransformerOutput(x, pooled, None, hidden, out.attentions, out.cross_attentions, out.recorded, kept)
 
     def start(
         self,
@@ -103,10 +158,12 @@ class Transformer(nn.Module):
         *,
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Float[Array, "B T D"], Context, Cache | None]:
         """What the first layer gets, what all layers see beside it, and the cache's bookkeeping after these tokens.
 
-        `ids` are pixels [B, C, height, width] in a model of images.
+        `ids` are pixels [B, C, height, width] in a model of images. A decoder's `memory` is left out where the cache
+        has its keys and values.
 
         Positions count the tokens that are not padding where there is a cache, and all tokens where there is none.
         """
@@ -133,8 +190,16 @@ class Transformer(nn.Module):
             positions = jnp.arange(length)[None] if positions is None else positions
             for name, local in (("rotation", False), ("local_rotation", True)):
                 turned[name] = rotation(positions, frequencies(config.rotary, config.head_dim, local=local))
-        bias = self.relative_bias(length) if config.relative_buckets else None
-        return x, Context(real=mask, mask=wide, local_mask=near, bias=bias, slots=slots, **turned), after
+        bias = self.relative_bias(queries, places) if config.relative_buckets else None
+        context = Context(mask, wide, near, bias, slots=slots, **turned)
+        if memory is not None:
+            context = context._replace(memory=memory.states, memory_mask=memory.mask)
+            if after is not None:
+                all_real = jnp.ones(memory.states.shape[:2], bool)
+                after = after._replace(memory_mask=all_real if memory.mask is None else memory.mask)
+        elif cache is not None:
+            context = context._replace(memory_mask=cache.memory_mask)
+        return x, context, after
 
 
 def run(params: Any, config: ModelConfig, dtype: Any, *inputs: Any, **options: Any) -> TransformerOutput:

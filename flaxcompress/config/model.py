@@ -3,166 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from flax.core import FrozenDict
+from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
+from flaxcompress.config.names import closest, reject_unknown
+from flaxcompress.config.part import part_reader
+from flaxcompress.config.patches import Patches
+from flaxcompress.config.rotary import Rotary
+from flaxcompress.config.sharing import Sharing, read_sharing
 
-PARTS = ("attention", "feed_forward", "norms")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre")
+POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
 CLASSIFIERS = ("sequence_classification", "token_classification", "span")
-HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", *CLASSIFIERS)
-ROTARY_SCALINGS = ("none", "linear", "llama3")
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """A sentence that lists what exists and the closest name to `name`."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"known: {', '.join(known) or 'nothing'}{hint}"
-
-
-def reject_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError naming the first key of `given` that is not in `known`."""
-    known = set(known)
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; {closest(str(key), known)}")
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return FrozenDict({k: _freeze(v) for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return tuple(_freeze(v) for v in value)
-    return value
-
-
-def _thaw(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _thaw(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return [_thaw(v) for v in value]
-    return value
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FormatRule:
-    """`spec` (a JSON object with a "kind") for every matrix whose address fully matches `pattern`."""
-
-    pattern: str
-    spec: Mapping[str, Any]
-
-    def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"formats: {self.pattern!r} is not a regular expression: {error}") from None
-        if not isinstance(self.spec, Mapping) or "kind" not in self.spec:
-            raise ValueError(f"formats: the rule for {self.pattern!r} needs an object with a 'kind', got {self.spec!r}")
-        object.__setattr__(self, "spec", _freeze(self.spec))
-
-    def __hash__(self):
-        return hash((self.pattern, self.spec))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sharing:
-    """Which weight set each of the L layers uses, part by part.
-
-    A map such as (0, 1, 0, 1) stores two sets and uses each twice. Sets are numbered in order of
-    first use, so a map of distinct numbers means that every layer owns its part.
-    """
-
-    attention: tuple[int, ...]
-    feed_forward: tuple[int, ...]
-    norms: tuple[int, ...]
-
-    @classmethod
-    def own(cls, layers: int) -> Sharing:
-        """Every layer has weights of its own."""
-        each = tuple(range(layers))
-        return cls(attention=each, feed_forward=each, norms=each)
-
-    def __post_init__(self):
-        lengths = {part: len(getattr(self, part)) for part in PARTS}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"sharing: every map needs one entry per layer, got lengths {lengths}")
-        for part in PARTS:
-            sets = tuple(int(s) for s in getattr(self, part))
-            object.__setattr__(self, part, sets)
-            first_uses = list(dict.fromkeys(sets))
-            if first_uses != list(range(len(first_uses))):
-                raise ValueError(
-                    f"sharing/{part}: {list(sets)} must number its weight sets 0, 1, 2, … in order of first use"
-                )
-
-    def sets(self, part: str) -> int:
-        """The number of stored weight sets of `part`."""
-        return max(getattr(self, part)) + 1
-
+HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", "seq2seq_lm", *CLASSIFIERS)
 
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """Rotary positions (Su et al. 2021): the base θ of the frequencies, and how they are stretched for longer text.
-
-    Attributes:
-      theta: θ.
-      local_theta: of layers with a window; None for `theta`.
-      scaling: "none", "linear" (all frequencies divided by `factor`) or "llama3" (only the low ones, with a smooth
-        change between).
-      factor, low_frequency_factor, high_frequency_factor, original_positions: of the scaling.
-    """
-
-    theta: float = 10_000.0
-    local_theta: float | None = None
-    scaling: str = "none"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_positions: int = 8192
-
-    def __post_init__(self):
-        if self.scaling not in ROTARY_SCALINGS:
-            raise ValueError(f"rotary: unknown scaling {self.scaling!r}; {closest(self.scaling, ROTARY_SCALINGS)}")
-        for name in ("theta", "factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"rotary: {name} must be positive, got {getattr(self, name)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Patches:
-    """An image's patches as tokens: `size`×`size` pixels each of an image [channels, height, width]."""
-
-    height: int
-    width: int
-    size: int
-    channels: int = 3
-
-    def __post_init__(self):
-        for name in ("height", "width", "size", "channels"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"patches: {name} must be a positive integer, got {getattr(self, name)!r}")
-        if min(self.grid) < 1:
-            raise ValueError(f"patches: an image of {self.height}×{self.width} has no patch of {self.size}×{self.size}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
-        return self.height // self.size, self.width // self.size
-
-    @property
-    def count(self) -> int:
-        """Patches in all."""
-        return self.grid[0] * self.grid[1]
+# How fields that are objects in JSON are read: a function of the object and of where it stands.
+_READERS: dict[str, Any] = {
+    "sharing": read_sharing,
+    "rotary": part_reader(Rotary),
+    "patches": part_reader(Patches),
+    "formats": read_rules,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +57,10 @@ class ModelConfig:
       rotary: rotary positions; None: none.
       patches: images instead of token ids: `vocabulary` is then 0.
       classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token.
-      learned_positions: a table of positions is added to the embeddings.
+      position_embedding: what is added to the embeddings: a "learned" table of positions, "sinusoidal" ones (Vaswani et
+        al. 2017, §3.5; all sines before all cosines) or "none".
+      embedding_scale: the token table's rows are multiplied by it.
+      attention_scale: the scores are multiplied by it; None: 1/√d.
       embedding_norm: the embeddings are normalised.
       gated: the feed-forward is down(activation(gate(x)) * up(x)) (Shazeer 2020).
       norm: "layer" or "rms" (Zhang & Sennrich 2019).
@@ -199,6 +68,10 @@ class ModelConfig:
       first_norm: whether the first layer's attention has a norm before it, where norms come before.
       final_norm: whether the last layer's output is normalised.
       tied: whether a language-modelling head reads the token table, or has a kernel of its own.
+      logit_scale: what such a head multiplies its input by.
+      logit_bias: whether it adds a bias to the logits.
+      decoder: the structure of the decoder that attends to these layers' output; None: there is none. Its vocabulary is
+        0, since it reads this token table, and its matrices stand below "decoder/".
 
     Raises ValueError on construction when fields contradict each other.
     """
@@ -238,7 +111,7 @@ class ModelConfig:
     rotary: Rotary | None = None
     patches: Patches | None = None
     classes: int = 0
-    learned_positions: bool = True
+    position_embedding: str = "learned"
     embedding_norm: bool = True
     gated: bool = False
     norm: str = "layer"
@@ -246,14 +119,20 @@ class ModelConfig:
     first_norm: bool = True
     final_norm: bool = False
     tied: bool = True
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+    logit_bias: bool = False
+    decoder: ModelConfig | None = None
     sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (None: every layer owns its weights)
     formats: tuple[FormatRule, ...] = ()
 
     def __post_init__(self):
         if self.patches is not None and self.vocabulary != 0:
             raise ValueError(f"config: a model of images has no vocabulary, got {self.vocabulary}")
+        decodes = self.sharing is not None and bool(self.sharing.cross_attention)
         sizes = ("width", "layers", "heads", "feed_forward_width", "positions")
-        for name in sizes if self.patches is not None else ("vocabulary", *sizes):
+        for name in sizes if self.patches is not None or decodes else ("vocabulary", *sizes):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
@@ -261,16 +140,17 @@ class ModelConfig:
             kind, value = _SIMPLE.get(str(field.type)), getattr(self, field.name)
             if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
                 raise ValueError(f"config: {field.name} must be of type {field.type}, got {value!r}")
-        for name in ("segments", "position_offset", "relative_buckets", "window", "classes"):
+        for name in ("segments", "position_offset", "relative_buckets", "window", "classes", "vocabulary"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
         if self.embedding_width is not None and self.embedding_width < 1:
             raise ValueError(f"config: embedding_width must be a positive integer, got {self.embedding_width!r}")
+        near = 2 if self.causal else 4
         if self.relative_buckets and (
-            self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 4
+            self.relative_buckets % near or self.relative_distance <= self.relative_buckets // near
         ):
             raise ValueError(
-                f"config: relative_buckets must be a multiple of 4 with relative_distance above a quarter of it, got "
+                f"config: relative_buckets must be a multiple of {near} with relative_distance above 1/{near} of it, got "
                 f"{self.relative_buckets} and {self.relative_distance}"
             )
         if self.head_width is None and self.width % self.heads:
@@ -283,7 +163,11 @@ class ModelConfig:
             raise ValueError(f"config: heads {self.heads} are not divisible by key_value_heads {self.groups}")
         if self.rotary is not None and self.head_dim % 2:
             raise ValueError(f"config: rotary positions turn pairs, but a head is {self.head_dim} wide")
-        for name, known in (("norm", NORMS), ("norm_place", NORM_PLACES)):
+        for name, known in (
+            ("norm", NORMS),
+            ("norm_place", NORM_PLACES),
+            ("position_embedding", POSITION_EMBEDDINGS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"config: unknown {name} {getattr(self, name)!r}; {closest(getattr(self, name), known)}"
@@ -308,13 +192,26 @@ class ModelConfig:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
         if self.head in CLASSIFIERS and not self.classes:
             raise ValueError(f"config: a head {self.head!r} needs classes, the number of classes")
-        if self.patches is None and not 0 <= self.pad_token < self.vocabulary:
+        if self.vocabulary and not 0 <= self.pad_token < self.vocabulary:
             raise ValueError(f"config: pad_token {self.pad_token} lies outside the vocabulary of {self.vocabulary}")
         if self.sharing is None:
             object.__setattr__(self, "sharing", Sharing.own(self.layers))
         if len(self.sharing.attention) != self.layers:
             raise ValueError(f"sharing: the maps have {len(self.sharing.attention)} entries for {self.layers} layers")
         object.__setattr__(self, "formats", tuple(self.formats))
+        self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        if (self.head == "seq2seq_lm") != (self.decoder is not None and self.head != "none"):
+            raise ValueError(f"config: head {self.head!r} with{'' if self.decoder else 'out'} a decoder")
+        if (decoder := self.decoder) is None:
+            return
+        wanted = {"vocabulary": 0, "width": self.width, "causal": True, "head": "none", "pooler": False, "formats": ()}
+        for name, value in {**wanted, "decoder": None}.items():
+            if getattr(decoder, name) != value:
+                raise ValueError(f"config/decoder: {name} must be {value!r}, got {getattr(decoder, name)!r}")
+        if not decoder.sharing.cross_attention:
+            raise ValueError("config/decoder: its sharing needs a map of cross_attention")
 
     @property
     def head_dim(self) -> int:
@@ -357,12 +254,8 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` is its inverse."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out["sharing"] = {part: list(getattr(self.sharing, part)) for part in PARTS}
-        out["local"] = list(self.local)
-        out["patches"] = None if self.patches is None else dataclasses.asdict(self.patches)
-        out["rotary"] = None if self.rotary is None else dataclasses.asdict(self.rotary)
-        out["formats"] = [[rule.pattern, _thaw(rule.spec)] for rule in self.formats]
-        return out
+        out["formats"] = [[rule.pattern, thaw(rule.spec)] for rule in self.formats]
+        return {name: value.to_json() if hasattr(value, "to_json") else _plain(value) for name, value in out.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
@@ -373,20 +266,13 @@ class ModelConfig:
         if missing:
             raise ValueError(f"config: missing {', '.join(missing)}")
         values = dict(data)
-        if values.get("sharing") is not None:
-            reject_unknown("config/sharing", values["sharing"], PARTS)
-            if without := [p for p in PARTS if p not in values["sharing"]]:
-                raise ValueError(f"config/sharing: missing {', '.join(without)}")
-            values["sharing"] = Sharing(**{p: tuple(values["sharing"][p]) for p in PARTS})
-        for name, part in (("rotary", Rotary), ("patches", Patches)):
+        if values.get("decoder") is not None:
+            values["decoder"] = cls.from_json(values["decoder"])
+        for name, read in _READERS.items():
             if values.get(name) is not None:
-                reject_unknown(f"config/{name}", values[name], (f.name for f in dataclasses.fields(part)))
-                values[name] = part(**values[name])
-        rules = values.get("formats", ())
-        if not isinstance(rules, (list, tuple)):
-            raise ValueError(f"config/formats: expected a list of [pattern, format], got {rules!r}")
-        for rule in rules:
-            if not isinstance(rule, (list, tuple)) or len(rule) != 2:
-                raise ValueError(f"config/formats: a rule is [pattern, format], got {rule!r}")
-        values["formats"] = tuple(FormatRule(pattern=p, spec=s) for p, s in rules)
+                values[name] = read(values[name], f"config/{name}")
         return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
