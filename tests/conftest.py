@@ -1,10 +1,20 @@
 """Fixtures that several test files use."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
+
+# Copies of remote code go to a temporary folder, not to the user's cache; transformers reads this when it is imported.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
+
+
+def pytest_unconfigure():
+    """Removes the copies."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -54,15 +54,6 @@ def stock(own) -> Path:
     return export(load(own), own.parent / "stock")
 
 
-@pytest.fixture(autouse=True)
-def _modules_cache(monkeypatch, tmp_path_factory):
-    """Copies of remote code go to a temporary folder, not to the user's cache."""
-    folder = str(tmp_path_factory.getbasetemp() / "modules")
-    monkeypatch.setenv("HF_MODULES_CACHE", folder)
-    if "transformers.dynamic_module_utils" in sys.modules:
-        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-
-
 def show(result: BenchResult) -> str:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(result.table())

@@ -26,16 +26,9 @@ from flaxcompress.text import Assets, Pooling
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 modeling = import_module("flaxcompress.export.modeling_flaxcompress")
+torch_formats = import_module("flaxcompress.export.flaxcompress_formats")
 
 EPS = float(np.finfo(np.float32).eps)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _modules_cache(tmp_path_factory):
-    """Copies of remote code go to a temporary folder, not to the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 # ── formats, one matrix at a time ────────────────────────────────────────────────────────────────────────────────────
@@ -118,7 +111,7 @@ def test_every_format_computes_what_ours_does(spec, table):
     n, m = (97, 24) if table else (37, 21)
     node = random_matrix(spec, (n, m), table)
     holder = torch.nn.Module()
-    holder.w = modeling.build(spec, (n, m), table)
+    holder.w = torch_formats.build(spec, (n, m), table)
     tensors = {name.replace("address", "w"): to_torch(leaf) for name, leaf in base.to_tensors(node, "address").items()}
     assert {k: (v.shape, v.dtype) for k, v in holder.state_dict().items()} == {
         k: (v.shape, v.dtype) for k, v in tensors.items()
@@ -128,10 +121,10 @@ def test_every_format_computes_what_ours_does(spec, table):
     rng = np.random.default_rng(1)
     x, y = (rng.normal(size=(2, 3, width)).astype(np.float32) for width in (n, m))
     ids = rng.integers(0, n, (4, 9))
-    close(modeling.attend(torch.tensor(y), holder.w), formats.attend(y, node), terms=max(n, m), depth=3)
-    close(modeling.take(holder.w, torch.tensor(ids)), formats.take(node, ids), terms=m, depth=3)
+    close(torch_formats.attend(torch.tensor(y), holder.w), formats.attend(y, node), terms=max(n, m), depth=3)
+    close(torch_formats.take(holder.w, torch.tensor(ids)), formats.take(node, ids), terms=m, depth=3)
     if not isinstance(node, Bucketed):
-        close(modeling.matmul(torch.tensor(x), holder.w), formats.matmul(x, node), terms=n, depth=3)
+        close(torch_formats.matmul(torch.tensor(x), holder.w), formats.matmul(x, node), terms=n, depth=3)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -139,17 +132,17 @@ def test_unpacking_is_the_inverse_of_packing(bits):
     for count in (1, 3, 8, 19):
         codes = np.random.default_rng(count).integers(0, 2**bits, (3, count))
         packed = torch.tensor(np.asarray(ops.pack(codes, bits)))
-        assert packed.shape[-1] == modeling.packed_width(count, bits)
-        np.testing.assert_array_equal(modeling.unpack(packed, bits, count).numpy(), codes)
+        assert packed.shape[-1] == torch_formats.packed_width(count, bits)
+        np.testing.assert_array_equal(torch_formats.unpack(packed, bits, count).numpy(), codes)
 
 
 def test_every_registered_format_has_a_class_in_pytorch():
-    assert set(modeling.KINDS) == set(base._KINDS)
+    assert set(torch_formats.KINDS) == set(base._KINDS)
 
 
 def test_an_unknown_format_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'wavelet' is not among \[.*'dense', .*newer flaxcompress"):
-        modeling.build({"kind": "wavelet"}, (2, 2), False)
+        torch_formats.build({"kind": "wavelet"}, (2, 2), False)
 
 
 # ── whole models ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -57,8 +57,10 @@ ORDER = (
 LATE = {
     ("model.py", "evaluate"): "the saved report's page is drawn by evaluate",
 }
+_PYTORCH = "is the PyTorch side itself: copied into saved folders and run by transformers"
 EVERYWHERE = {
-    "export/modeling_flaxcompress.py": "is the PyTorch side itself: copied into saved folders and run by transformers",
+    f"export/{name}.py": _PYTORCH
+    for name in ("modeling_flaxcompress", "flaxcompress_network", "flaxcompress_attention", "flaxcompress_formats")
 }
 FRAMEWORKS = ("torch", "transformers", "sentence_transformers", "peft", "onnx", "onnxruntime", "onnxscript", "jax2onnx")
 LOADED_LATE = ("torch", "transformers", "sentence_transformers", "onnx", "onnxruntime", "peft")
@@ -91,8 +93,9 @@ def imports(path: Path) -> list[tuple[str, bool, int]]:
             if isinstance(child, ast.Import):
                 found.extend((alias.name, late, child.lineno) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{path}:{child.lineno}: relative import"
-                module = child.module or ""
+                copied = path.name in {Path(name).name for name in EVERYWHERE}  # into folders where it has no package
+                assert child.level == copied * (child.level > 0), f"{path}:{child.lineno}: relative import"
+                module = f"flaxcompress.export.{child.module}" if child.level else child.module or ""
                 for alias in child.names:  # `from a import b` names the module a.b, or something inside a
                     whole = f"{module}.{alias.name}"
                     inner = module == "flaxcompress" or whole in MODULES

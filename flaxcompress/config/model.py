@@ -150,7 +150,7 @@ class ModelConfig:
             self.relative_buckets % near or self.relative_distance <= self.relative_buckets // near
         ):
             raise ValueError(
-                f"config: relative_buckets must be a multiple of {near} with relative_distance above 1/{near} of it, got "
+                f"config: relative_buckets must be a multiple of {near}, relative_distance above 1/{near} of it, got "
                 f"{self.relative_buckets} and {self.relative_distance}"
             )
         if self.head_width is None and self.width % self.heads:
