@@ -221,7 +221,7 @@ def test_pytorch_pays_for_nothing_of_jax(own, stock):
         assert {"torch", "transformers"} <= set(modules)
         assert [name for name in modules if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")] == []
         ours = {name for name in modules if name.split(".")[0] == "flaxcompress"}
-        files = ("bench.batch", "bench.pytorch", "bench.runtimes", "bench.threads", "export.code", "export.quiet")
+        files = ("bench.batch", "bench.pytorch", "bench.runtimes", "export.code", "export.quiet", "machine")
         assert ours <= {"flaxcompress", "flaxcompress.bench", "flaxcompress.export"} | {
             f"flaxcompress.{f}" for f in files
         }
