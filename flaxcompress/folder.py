@@ -146,6 +146,9 @@ def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) ->
         stored[canonical] = name
     if config.pooler and not any(n.startswith("pooler.") for n in stored):
         config = config.replace(pooler=False)
+    if family.own_head is not None and config.head.endswith("_lm"):
+        own, table = stored.get(family.own_head), stored[family.names(config)["embedding/token"].name]
+        config = config.replace(tied=own is None or np.array_equal(tensors[own], tensors[table]))
     wanted = family.names(config)
     needed = {where.name for where in wanted.values()}
     missing = [name for name in dict.fromkeys(where.name for where in wanted.values()) if name not in stored]

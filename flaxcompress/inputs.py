@@ -17,24 +17,54 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def check_ids(name: str, given: Any, positions: int, vocabulary: int) -> Any:
+    """Token ids [B, T] as an array; ValueError for another shape, too many tokens and ids outside the vocabulary."""
+    ids = given if is_traced(given) else np.asarray(given)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected integers of shape [B, T], got {ids.dtype} {list(ids.shape)}")
+    if ids.shape[1] > positions:
+        raise ValueError(f"{name}: {ids.shape[1]} tokens, but the model has {positions} positions")
+    if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(f"{name}: values {ids.min()} … {ids.max()} lie outside the vocabulary 0 … {vocabulary - 1}")
+    return ids
+
+
+def check_like(name: str, value: Any, ids_name: str, ids: Any) -> None:
+    """Raises ValueError where a mask or segments, if given, are of another shape than the ids."""
+    if value is not None and tuple(np.shape(value)) != tuple(ids.shape):
+        raise ValueError(f"{name}: shape {list(np.shape(value))} differs from {ids_name}' {list(ids.shape)}")
+
+
+def check_decoder_inputs(config: ModelConfig, decoder_input_ids: Any, decoder_attention_mask: Any, batch: int | None):
+    """The decoder's ids and mask as arrays, None where there are none; ValueError where they do not fit.
+
+    Args:
+      batch: how many sequences the encoder has got; None where it does not run.
+    """
+    if config.decoder is None:
+        if decoder_input_ids is not None or decoder_attention_mask is not None:
+            raise ValueError(f"decoder_input_ids: a {config.family} model of this config has no decoder")
+        return None, None
+    if decoder_input_ids is None:
+        if decoder_attention_mask is not None:
+            raise ValueError("decoder_attention_mask: there are no decoder_input_ids")
+        return None, None
+    ids = check_ids("decoder_input_ids", decoder_input_ids, config.decoder.positions, config.vocabulary)
+    if batch is not None and ids.shape[0] != batch:
+        raise ValueError(f"decoder_input_ids: {ids.shape[0]} sequences, but input_ids has {batch}")
+    check_like("decoder_attention_mask", decoder_attention_mask, "decoder_input_ids", ids)
+    mask = None if decoder_attention_mask is None else jnp.asarray(decoder_attention_mask) != 0
+    return jnp.asarray(ids, jnp.int32), mask
+
+
 def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segment_ids: Any, pixel_values: Any = None):
     """Arrays of the right shape and range, or ValueError with what was given and what is allowed."""
     if input_ids is None or pixel_values is not None:
         raise ValueError(f"input_ids: a {config.family} model takes token ids [B, T], and no pixel_values")
-    traced = is_traced(input_ids)
-    ids = input_ids if traced else np.asarray(input_ids)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise ValueError(f"input_ids: expected integers of shape [B, T], got {ids.dtype} {list(ids.shape)}")
-    if ids.shape[1] > config.positions:
-        raise ValueError(f"input_ids: {ids.shape[1]} tokens, but the model has {config.positions} positions")
-    if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < config.vocabulary:
-        raise ValueError(
-            f"input_ids: values {ids.min()} … {ids.max()} lie outside the vocabulary 0 … {config.vocabulary - 1}"
-        )
-    for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
-        if value is not None and tuple(np.shape(value)) != tuple(ids.shape):
-            raise ValueError(f"{name}: shape {list(np.shape(value))} differs from input_ids' {list(ids.shape)}")
-    if segment_ids is not None and not traced:
+    ids = check_ids("input_ids", input_ids, config.positions, config.vocabulary)
+    check_like("attention_mask", attention_mask, "input_ids", ids)
+    check_like("segment_ids", segment_ids, "input_ids", ids)
+    if segment_ids is not None and not is_traced(input_ids):
         values = np.asarray(segment_ids)
         if values.size and not 0 <= values.min() <= values.max() < max(1, config.segments):
             raise ValueError(
@@ -45,9 +75,18 @@ def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segme
     return jnp.asarray(ids, jnp.int32), mask, segments
 
 
-def check_cache(config: ModelConfig, cache: Cache, ids: Any) -> None:
-    """Raises ValueError where tokens [B, T] do not fit behind those that a cache holds."""
+def check_cache(config: ModelConfig, cache: Cache, ids: Any, target: Any = None) -> None:
+    """Raises ValueError where tokens [B, T], of the decoder where there is one, do not fit behind those in a cache."""
     batch, slots = cache.real.shape
+    if config.decoder is not None:
+        if target is None:
+            raise ValueError("cache: it is the decoder's, but there are no decoder_input_ids")
+        assert cache.memory_mask is not None
+        if ids is not None and ids.shape[1] != cache.memory_mask.shape[1]:
+            raise ValueError(
+                f"cache: made for a source of {cache.memory_mask.shape[1]} tokens, got input_ids {list(ids.shape)}"
+            )
+        config, ids = config.decoder, target
     if ids.shape[0] != batch:
         raise ValueError(f"cache: made for {batch} sequences, got input_ids {list(ids.shape)}")
     if is_traced(cache.length):

@@ -18,7 +18,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.decoding import Constraint, OnToken, Prompt, Sampling, generate
 from flaxcompress.encoding import compute_dtype, encode_stream
 from flaxcompress.formats import nbytes, spec_of, stored_values
-from flaxcompress.inputs import check_cache, check_inputs, check_pixels, is_traced
+from flaxcompress.inputs import check_cache, check_decoder_inputs, check_inputs, check_pixels, is_traced
 from flaxcompress.nn import Cache, Transformer, init_cache, run
 from flaxcompress.text import Assets
 
@@ -34,6 +34,8 @@ class ModelOutput:
       hidden_states: L + 1 tensors [B, T, D], embeddings first.
       attentions: L tensors [B, H, T, T].
       cache: keys and values for later tokens, where a cache was given; None otherwise.
+      cross_attentions: L tensors [B, H, T, S], of a decoder on the encoder's tokens; all fields above are then its own.
+      encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: the encoder's, where there is a decoder.
     """
 
     last_hidden_state: Any
@@ -42,6 +44,10 @@ class ModelOutput:
     hidden_states: Any = None
     attentions: Any = None
     cache: Any = None
+    cross_attentions: Any = None
+    encoder_last_hidden_state: Any = None
+    encoder_hidden_states: Any = None
+    encoder_attentions: Any = None
 
 
 @flax.struct.dataclass
@@ -64,6 +70,8 @@ class Model:
         segment_ids: Any = None,
         *,
         pixel_values: Any = None,
+        decoder_input_ids: Any = None,
+        decoder_attention_mask: Any = None,
         cache: Cache | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -71,18 +79,25 @@ class Model:
         """Runs the network on token ids [B, T]; `attention_mask` [B, T] is 1 where a token is real.
 
         Models of images take `pixel_values` [B, C, height, width] instead; positions are stretched to the image's size.
+        A model with a decoder takes the decoder's tokens too; without them, its encoder alone runs. While decoding with a
+        cache, the source is given once, in the call that fills the cache.
         Compiled once per shape. With a `cache` (see `new_cache`), the tokens follow those that it holds, and the mask
         is for them alone. Raises ValueError for ids outside the vocabulary, for more tokens than positions or than the
         cache has room for, and for masks and segments of another shape.
         """
         if self.config.patches is not None:
             ids, mask, segments = check_pixels(self.config, pixel_values, input_ids, attention_mask), None, None
+        elif input_ids is None and decoder_input_ids is not None and cache is not None:
+            ids, mask, segments = None, None, None
         else:
             ids, mask, segments = check_inputs(self.config, input_ids, attention_mask, segment_ids, pixel_values)
+        batch = None if ids is None else ids.shape[0]
+        target = check_decoder_inputs(self.config, decoder_input_ids, decoder_attention_mask, batch)
         if cache is not None:
-            check_cache(self.config, cache, ids)
-        rows, extra = None, cache is not None or output_hidden_states or output_attentions
-        if ids.ndim == 2 and not (extra or is_traced(ids)):
+            check_cache(self.config, cache, ids, target[0])
+        rows = None
+        extra = cache is not None or target[0] is not None or output_hidden_states or output_attentions
+        if ids is not None and ids.ndim == 2 and not (extra or is_traced(ids)):
             rows = block_rows(*ids.shape)
         if rows is not None:
             blocks = functools.partial(
@@ -91,8 +106,9 @@ class Model:
             out = side_by_side(blocks, ids, mask, segments)
         else:
             need = (output_hidden_states, output_attentions)
-            out = _forward(self.params, ids, mask, segments, cache, self.config, compute_dtype(), *need)
+            out = _forward(self.params, ids, mask, segments, target, cache, self.config, compute_dtype(), *need)
         split = lambda x: None if x is None else tuple(x)  # noqa: E731
+        encoder = out if self.config.decoder is not None and target[0] is None else out.encoder
         return ModelOutput(
             last_hidden_state=out.last_hidden_state,
             pooled=out.pooled,
@@ -100,22 +116,30 @@ class Model:
             hidden_states=split(out.hidden_states),
             attentions=split(out.attentions),
             cache=out.cache,
+            cross_attentions=split(out.cross_attentions),
+            encoder_last_hidden_state=None if encoder is None else encoder.last_hidden_state,
+            encoder_hidden_states=None if encoder is None else split(encoder.hidden_states),
+            encoder_attentions=None if encoder is None else split(encoder.attentions),
         )
 
-    def new_cache(self, batch: int, length: int) -> Cache:
+    def new_cache(self, batch: int, length: int, *, source: int = 0) -> Cache:
         """An empty key/value cache for `batch` sequences of `length` tokens, in the compute dtype.
+
+        Args:
+          source: how many tokens the encoder's sequences have, where there is a decoder.
 
         Raises ValueError for a model that is not causal, and for more tokens than positions.
         """
-        if not self.config.causal:
+        config = self.config.decoder or self.config
+        if not config.causal:
             raise ValueError(
                 f"cache: a {self.config.family} model sees later tokens too; only causal ones have a cache"
             )
-        if not 1 <= length <= self.config.positions or batch < 1:
-            raise ValueError(
-                f"cache: {batch} sequences of {length} tokens; the model has {self.config.positions} positions"
-            )
-        return init_cache(self.config, batch, length, compute_dtype())
+        if not 1 <= length <= config.positions or batch < 1:
+            raise ValueError(f"cache: {batch} sequences of {length} tokens; the model has {config.positions} positions")
+        if (source > 0) != (self.config.decoder is not None) or source > self.config.positions:
+            raise ValueError(f"cache: a source of {source} tokens; give its length just where the model has a decoder")
+        return init_cache(self.config, batch, length, compute_dtype(), memory=source)
 
     def encode(
         self, texts: str | Iterable[str], *, batch_size: int = 32, progress: bool = False
@@ -203,10 +227,11 @@ class Model:
         return sum(stored_values(node) for node in tree.View(tree.abstract(self.params)).values())
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
-def _forward(params, ids, mask, segments, cache, config, dtype, hidden_states, attentions):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _forward(params, ids, mask, segments, target, cache, config, dtype, hidden_states, attentions):
     need = {"need_hidden_states": hidden_states, "need_attentions": attentions}
-    return run(params, config, dtype, ids, mask, segments, cache=cache, **need)
+    decoder = {"decoder_ids": target[0], "decoder_mask": target[1]}
+    return run(params, config, dtype, ids, mask, segments, cache=cache, **decoder, **need)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "rows"))

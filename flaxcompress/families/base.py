@@ -117,7 +117,10 @@ class Family:
       read_config: Hugging Face config -> ModelConfig; raises ValueError for what the family does not support.
       write_config: ModelConfig -> a stock Hugging Face config.
       names: ModelConfig -> {address: where it is stored}, one entry per layer; per weight set where `shares`.
-      base: the attribute under which transformers' classes with a head keep the encoder; None for `model_type`.
+      base: the attribute under which transformers' classes with a head keep the encoder; None for `model_type`, "" for
+        none.
+      own_head: the kernel of a language-modelling head that is not tied just where a checkpoint holds one that differs
+        from the token table, whatever the config says; None where the config decides.
       shares: whether the stock format stores shared weight sets once.
       renames: (regular expression, replacement) pairs that bring old spellings to the current one.
       ignored: tensors that carry nothing (full match): buffers, and copies of tied weights.
@@ -129,6 +132,7 @@ class Family:
     write_config: Callable[[ModelConfig], dict[str, Any]]
     names: Callable[[ModelConfig], Names]
     base: str | None = None
+    own_head: str | None = None
     shares: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
@@ -137,7 +141,8 @@ class Family:
     @property
     def prefix(self) -> str:
         """What a tensor name of the encoder begins with beside a head."""
-        return f"{self.base or self.model_type}."
+        base = self.model_type if self.base is None else self.base
+        return f"{base}." if base else ""
 
     def canonical(self, name: str) -> str:
         """A checkpoint's tensor name in the family's current spelling, without a prefix."""
