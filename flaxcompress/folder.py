@@ -17,13 +17,13 @@ import numpy as np
 
 from flaxcompress import storage, tree
 from flaxcompress.card import model_card
-from flaxcompress.config import ModelConfig, closest
+from flaxcompress.config import GENERATING, ModelConfig, closest
 from flaxcompress.families import FAMILIES
 from flaxcompress.families.base import write_classes
 from flaxcompress.families.llama2c import find_checkpoint, read_checkpoint
 from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
 from flaxcompress.model import Model, abstract_flat
-from flaxcompress.text import read_assets, sentence_transformers_files, tokenizer_config_file
+from flaxcompress.text import generation_config_file, read_assets, sentence_transformers_files, tokenizer_config_file
 
 log = logging.getLogger("flaxcompress")
 
@@ -253,7 +253,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": config.positions,
         "pad_token_id": config.pad_token,
         **write_classes(config),
-        **({"eos_token_id": list(model.assets.end_tokens)} if model.assets.end_tokens else {}),
+        **({"is_encoder_decoder": True, **_start(model)} if config.decoder is not None else {}),
         "flaxcompress": config.to_json(),
         "flaxcompress_source": {
             "name": model.assets.source,
@@ -261,6 +261,11 @@ def own_config(model: Model) -> dict[str, Any]:
             "max_length": model.assets.max_length,
         },
     }
+
+
+def _start(model: Model) -> dict[str, int]:
+    start = model.assets.start_token
+    return {"decoder_start_token_id": model.config.pad_token if start is None else start}
 
 
 def _is_fake(node: Any) -> bool:
@@ -277,6 +282,9 @@ def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None 
     files: dict[str, str | bytes] = dict(model.assets.files)
     files |= tokenizer_config_file(model.assets)
     files |= sentence_transformers_files(model.assets, model.config.width)
+    if model.config.head in GENERATING:
+        decoder = model.config.decoder is not None
+        files |= generation_config_file(model.assets, model.config.pad_token, decoder=decoder)
     files |= {
         "config.json": json.dumps(config, indent=2) + "\n",
         **{file.name: file.read_text("utf-8") for file in code},

@@ -79,8 +79,8 @@ class Model:
         """Runs the network on token ids [B, T]; `attention_mask` [B, T] is 1 where a token is real.
 
         Models of images take `pixel_values` [B, C, height, width] instead; positions are stretched to the image's size.
-        A model with a decoder takes the decoder's tokens too; without them, its encoder alone runs. While decoding with a
-        cache, the source is given once, in the call that fills the cache.
+        A model with a decoder takes the decoder's tokens too; without them, its encoder alone runs. While decoding with
+        a cache, the source is given once, in the call that fills the cache.
         Compiled once per shape. With a `cache` (see `new_cache`), the tokens follow those that it holds, and the mask
         is for them alone. Raises ValueError for ids outside the vocabulary, for more tokens than positions or than the
         cache has room for, and for masks and segments of another shape.

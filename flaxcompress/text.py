@@ -64,6 +64,8 @@ class Assets:
       source: where the checkpoint came from, for the model card.
       licence: the source's licence, for the model card.
       end_tokens: ids that end a generated text.
+      start_token: the id that a decoder beside an encoder begins with; None for padding's.
+      never_tokens: ids that are never generated.
     """
 
     files: tuple[tuple[str, bytes], ...] = ()
@@ -72,6 +74,8 @@ class Assets:
     source: str = ""
     licence: str = ""
     end_tokens: tuple[int, ...] = ()
+    start_token: int | None = None
+    never_tokens: tuple[int, ...] = ()
 
     @functools.cached_property
     def digest(self) -> str:
@@ -82,6 +86,8 @@ class Assets:
             self.source,
             self.licence,
             self.end_tokens,
+            self.start_token,
+            self.never_tokens,
         ]
         digest = hashlib.sha256(json.dumps(head).encode())
         for name, content in self.files:
@@ -244,17 +250,38 @@ def read_assets(folder: Path, *, positions: int, source: str) -> Assets:
         max_length=limit,
         source=source,
         licence=_licence(folder),
-        end_tokens=_end_tokens(folder),
+        **_generation(folder),
     )
 
 
-def _end_tokens(folder: Path) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, or of config.json: one id or several."""
+def _generation(folder: Path) -> dict[str, Any]:
+    """What generation_config.json, or config.json, says about the tokens that begin and end a text, or never come."""
+    end = _stated_ids(folder, "eos_token_id")
+    start = _stated_ids(folder, "decoder_start_token_id")
+    never = _stated_ids(folder, "bad_words_ids")  # of which only single tokens are tokens that never come
+    return {"end_tokens": end, "start_token": start[0] if start else None, "never_tokens": never}
+
+
+def generation_config_file(assets: Assets, pad_token: int, *, decoder: bool) -> dict[str, str]:
+    """generation_config.json of a model that generates, where transformers looks for such ids."""
+    found: dict[str, Any] = {"pad_token_id": pad_token}
+    if assets.end_tokens:
+        found["eos_token_id"] = list(assets.end_tokens)
+    if assets.never_tokens:
+        found["bad_words_ids"] = [[token] for token in assets.never_tokens]
+    if decoder:
+        found["decoder_start_token_id"] = pad_token if assets.start_token is None else assets.start_token
+    return {"generation_config.json": json.dumps(found, indent=2) + "\n"}
+
+
+def _stated_ids(folder: Path, key: str) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and (stated := _object(folder / name).get("eos_token_id")) is not None:
+        if (folder / name).is_file() and (stated := _object(folder / name).get(key)) is not None:
             ids = stated if isinstance(stated, list) else [stated]
+            if key == "bad_words_ids":
+                ids = [word[0] for word in ids if isinstance(word, list) and len(word) == 1]
             if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-                raise ValueError(f"{folder / name}: eos_token_id must be one id or a list of ids, got {stated!r}")
+                raise ValueError(f"{folder / name}: {key} must be one id or a list of ids, got {stated!r}")
             return tuple(ids)
     return ()
 

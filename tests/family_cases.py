@@ -159,6 +159,47 @@ def qwen3(rng):
     return {**qwen(rng), "attention_bias": bool(rng.integers(2))}
 
 
+def t5(rng):
+    base = llama(rng)
+    buckets = 4 * int(rng.integers(1, 5))
+    return {
+        "vocab_size": base["vocab_size"],
+        "d_model": base["hidden_size"],
+        "d_kv": base["head_dim"],
+        "d_ff": base["intermediate_size"],
+        "num_layers": base["num_hidden_layers"],
+        "num_decoder_layers": int(rng.integers(1, 4)),
+        "num_heads": base["num_attention_heads"],
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": buckets + int(rng.integers(0, 20)),
+        "feed_forward_proj": str(rng.choice(["relu", "gated-gelu", "gated-silu"])),
+        "tie_word_embeddings": bool(rng.integers(2)),  # which transformers reads as whether logits are scaled
+        "decoder_start_token_id": 0,
+    }
+
+
+def marian(rng):
+    heads, other = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    vocabulary = int(rng.integers(20, 90))
+    return {
+        "vocab_size": vocabulary,
+        "d_model": heads * other * int(rng.integers(2, 6)),
+        "encoder_layers": int(rng.integers(1, 4)),
+        "decoder_layers": int(rng.integers(1, 4)),
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": other,
+        "encoder_ffn_dim": int(rng.integers(5, 40)),
+        "decoder_ffn_dim": int(rng.integers(5, 40)),
+        "max_position_embeddings": int(rng.integers(20, 40)),
+        "activation_function": str(rng.choice(["gelu", "swish", "relu"])),
+        "scale_embedding": bool(rng.integers(2)),
+        "pad_token_id": vocabulary - 1,
+        "decoder_start_token_id": vocabulary - 1,
+        "eos_token_id": 2,
+        "forced_eos_token_id": None,
+    }
+
+
 def causal(classes):
     return {"none": f"{classes}Model", "causal_lm": f"{classes}ForCausalLM"}
 
@@ -197,6 +238,8 @@ CASES = {
     "mistral": ("MistralConfig", mistral, causal("Mistral")),
     "qwen2": ("Qwen2Config", qwen2, causal("Qwen2")),
     "qwen3": ("Qwen3Config", qwen3, causal("Qwen3")),
+    "t5": ("T5Config", t5, {"none": "T5Model", "seq2seq_lm": "T5ForConditionalGeneration"}),
+    "marian": ("MarianConfig", marian, {"none": "MarianModel", "seq2seq_lm": "MarianMTModel"}),
 }
 
 
@@ -204,8 +247,10 @@ def perturbed(network, seed):
     """Random values everywhere: default initialisation hides swapped tensors, since many are zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in [p for p in network.parameters() if p.requires_grad]:  # the others are computed tables
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        if (bias := getattr(network, "final_logits_bias", None)) is not None:
+            bias.add_(torch.randn(bias.shape, generator=generator))
     return network.eval()
 
 
@@ -227,12 +272,18 @@ def drawn(family, head, number, folder):
 def batch(network, seed, pad):
     """Ids [3, T] with padding at the end of the second row, and their mask."""
     rng = np.random.default_rng(seed)
-    positions = network.config.max_position_embeddings - 2
+    positions = getattr(network.config, "max_position_embeddings", 42) - 2
     length = int(rng.integers(3, positions + 1))
     lengths = np.array([length, max(1, length // 2), max(1, length - 1)])
     mask = np.arange(length) < lengths[:, None]
     ids = rng.integers(3, network.config.vocab_size, (3, length))
     return np.where(mask, ids, pad), mask
+
+
+def weights(network):
+    """{name: parameter} of what a checkpoint has to hold: no computed tables, but Marian's bias, which is a buffer."""
+    found = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return found | {n: b for n, b in network.named_buffers() if n == "final_logits_bias"}
 
 
 def close(got, want, mask=None):

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from family_cases import CASES, DRAWS, HEADED, batch, close, drawn  # noqa: E402
+from family_cases import CASES, DRAWS, HEADED, batch, close, drawn, weights  # noqa: E402
 
 import flaxcompress as fc  # noqa: E402
 from flaxcompress import tree  # noqa: E402
@@ -28,14 +28,22 @@ def test_outputs_equal_those_of_transformers(family, head, number, tmp_path):
     model = fc.load(tmp_path)
     assert model.config.family == family and model.config.head == head
     ids, mask = batch(network, seed, model.config.pad_token)
+    given, ours = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask.astype(int))}, {}
+    if model.config.decoder is not None:
+        target, seen = batch(network, seed + 1, model.config.pad_token)
+        given |= {"decoder_input_ids": torch.tensor(target), "decoder_attention_mask": torch.tensor(seen.astype(int))}
+        ours |= {"decoder_input_ids": target, "decoder_attention_mask": seen}
     with torch.no_grad():
-        want = network(
-            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int)), output_hidden_states=True
-        )
-    got = model(ids, mask, output_hidden_states=True)
-    assert len(got.hidden_states) == len(want.hidden_states)
-    for ours, theirs in zip(got.hidden_states, want.hidden_states, strict=True):
-        close(ours, theirs, mask)
+        want = network(**given, output_hidden_states=True)
+    got = model(ids, mask, **ours, output_hidden_states=True)
+    pairs = [(got.hidden_states, want.get("hidden_states"), mask)]
+    if ours:
+        pairs = [(got.encoder_hidden_states, want.encoder_hidden_states, mask)]
+        pairs += [(got.hidden_states, want.decoder_hidden_states, seen)]
+        mask = seen
+    for mine, theirs, real in pairs:
+        for a, b in zip(mine, theirs, strict=True):
+            close(a, b, real)
     if head == "span":
         close(got.logits, torch.stack([want.start_logits, want.end_logits], -1), mask)
     elif head != "none":
@@ -63,9 +71,8 @@ def test_names_are_a_bijection_and_counts_equal_transformers(family, head, tmp_p
     flat = abstract_flat(config)
     assert set(names) == set(flat)
     assert len({(where.name, where.part) for where in names.values()}) == len(names)
-    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(flat)) == sum(
-        p.numel() for p in network.parameters()
-    )
+    counts = [int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(flat)]
+    assert sum(counts) == sum(p.numel() for p in weights(network).values())
 
 
 @pytest.mark.parametrize(("family", "head"), HEADED)

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import family_cases as families  # noqa: E402
 
+TRANSLATORS = [family for family, head in families.HEADED if head == "seq2seq_lm"]
 DECODERS = [family for family, head in families.HEADED if head == "causal_lm"]
 
 
@@ -44,6 +45,100 @@ def test_tokens_equal_those_of_transformers(family, number, beams, tmp_path):
     for ours, theirs in zip(got, want[:, 5:].tolist(), strict=True):
         end = theirs.index(2) + 1 if 2 in theirs else len(theirs)
         assert ours.ids == theirs[:end]
+
+
+def sources(network, seed):
+    """Three sources of different lengths, and as transformers wants them: padded on the right."""
+    rng = np.random.default_rng(seed)
+    pad = network.config.pad_token_id
+    rows = [rng.integers(3, network.config.vocab_size - 1, n).tolist() for n in (2, 7, 4)]
+    ids = np.array([row + [pad] * (7 - len(row)) for row in rows])
+    return rows, torch.tensor(ids), torch.tensor(np.arange(7) < np.array([[2], [7], [4]])).int()
+
+
+def with_rules(network, folder):
+    """Generation that ends with token 2 and never makes token 5."""
+    network.generation_config.eos_token_id = 2
+    network.generation_config.bad_words_ids = [[5]]
+    network.generation_config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+@pytest.mark.parametrize("family", TRANSLATORS)
+def test_translations_equal_those_of_transformers(family, number, beams, tmp_path):
+    network, seed = families.drawn(family, "seq2seq_lm", number, tmp_path)
+    with_rules(network, tmp_path)
+    model = fc.load(tmp_path)
+    assert (model.assets.end_tokens, model.assets.never_tokens) == ((2,), (5,))
+    assert model.assets.start_token == network.config.decoder_start_token_id
+    rows, ids, mask = sources(network, seed)
+    with torch.no_grad():
+        want = network.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, num_beams=beams)
+    got = model.generate(rows, max_new_tokens=12, beams=beams, return_ids=True)
+    for ours, theirs in zip(got, want[:, 1:].tolist(), strict=True):
+        end = theirs.index(2) + 1 if 2 in theirs else len(theirs)
+        assert ours.ids == theirs[:end]
+        assert ours.finished == (2 in theirs)
+
+
+@pytest.mark.parametrize("family", TRANSLATORS)
+def test_a_saved_translator_generates_the_same_in_pytorch(family, tmp_path):
+    network, seed = families.drawn(family, "seq2seq_lm", 1, tmp_path / "theirs")
+    with_rules(network, tmp_path / "theirs")
+    model = fc.load(tmp_path / "theirs")
+    fc.save(model, tmp_path / "ours")
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    _, ids, mask = sources(network, seed)
+    with torch.no_grad():
+        labels = torch.tensor(np.random.default_rng(0).integers(3, network.config.vocab_size - 1, (3, 6)))
+        got, want = (net(input_ids=ids, attention_mask=mask, labels=labels) for net in (again, network))
+        families.close(got.logits, want.logits)
+        families.close(got.loss, want.loss)
+        for beams in (1, 2):
+            got, want = (
+                net.generate(ids, attention_mask=mask, num_beams=beams, max_new_tokens=12, do_sample=False)
+                for net in (again, network)
+            )
+            assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("family", TRANSLATORS)
+def test_a_decoder_with_a_cache_gives_what_it_gives_at_once(family, tmp_path):
+    network, seed = families.drawn(family, "seq2seq_lm", 2, tmp_path)
+    model = fc.load(tmp_path)
+    _, ids, mask = (np.asarray(x) for x in sources(network, seed))
+    target = np.random.default_rng(0).integers(3, network.config.vocab_size - 1, (3, 6))
+    want = model(ids, mask, decoder_input_ids=target, output_attentions=True)
+    assert len(want.cross_attentions) == model.config.decoder.layers
+    assert want.cross_attentions[0].shape == (3, model.config.decoder.heads, 6, 7)
+    np.testing.assert_array_equal(np.asarray(want.cross_attentions[0])[0, ..., 2:], 0.0)  # padding of the source
+    out = model(ids, mask, decoder_input_ids=target[:, :2], cache=model.new_cache(3, 6, source=7))
+    logits = [out.logits]
+    for i in range(2, 6):
+        out = model(decoder_input_ids=target[:, i : i + 1], cache=out.cache)
+        logits.append(out.logits)
+    families.close(jnp.concatenate(logits, 1), want.logits)
+
+
+def test_a_translator_names_what_is_wrong(tmp_path):
+    families.drawn("marian", "seq2seq_lm", 0, tmp_path)
+    model = fc.load(tmp_path)
+    limit = model.config.positions
+    for arguments, message in (
+        ({"decoder_input_ids": [[1]]}, "1 sequences, but input_ids has 2"),
+        ({"decoder_input_ids": [[1, 10**6]] * 2}, "decoder_input_ids: values"),
+        ({"decoder_input_ids": [[1] * (limit + 1)] * 2}, f"{limit + 1} tokens, but the model has {limit}"),
+        ({"decoder_attention_mask": [[1]] * 2}, "there are no decoder_input_ids"),
+        ({"decoder_input_ids": [[1]] * 2, "cache": model.new_cache(2, 4, source=5)}, "made for a source of 5 tokens"),
+        ({"cache": model.new_cache(2, 4, source=2)}, "it is the decoder's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model([[3, 4], [5, 6]], **arguments)
+    with pytest.raises(ValueError, match="give its length just where the model has a decoder"):
+        model.new_cache(2, 4)
+    with pytest.raises(ValueError, match="one of them for the token it begins with"):
+        model.generate([[3, 4]], max_new_tokens=limit)
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -1,7 +1,7 @@
 """ModelConfig and its parts: frozen, validated on construction, JSON both ways."""
 
 from flaxcompress.config.format_rule import FormatRule
-from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConfig
+from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, GENERATING, HEADS, ModelConfig
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
@@ -10,6 +10,7 @@ from flaxcompress.config.sharing import PARTS, Sets, Sharing
 __all__ = [
     "ACTIVATIONS",
     "CLASSIFIERS",
+    "GENERATING",
     "HEADS",
     "PARTS",
     "FormatRule",

@@ -19,7 +19,8 @@ NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
 CLASSIFIERS = ("sequence_classification", "token_classification", "span")
-HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", "seq2seq_lm", *CLASSIFIERS)
+GENERATING = ("causal_lm", "seq2seq_lm")
+HEADS = ("none", "masked_lm", "replaced_token", *GENERATING, *CLASSIFIERS)
 
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 # How fields that are objects in JSON are read: a function of the object and of where it stands.
@@ -233,6 +234,12 @@ class ModelConfig:
         if len(set(self.local)) == 1 and "local" not in changes:  # all layers alike, whatever their number
             changes["local"] = None
         return dataclasses.replace(self, **changes)
+
+    def unshared(self) -> ModelConfig:
+        """Every layer with weights of its own."""
+        crossing = bool(self.sharing.cross_attention)
+        decoder = None if self.decoder is None else self.decoder.unshared()
+        return self.replace(sharing=Sharing.own(self.layers, cross_attention=crossing), decoder=decoder)
 
     def with_format(self, address: str, spec: Mapping[str, Any]) -> ModelConfig:
         """Puts a rule for exactly `address` first, in place of an earlier exact one."""

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from flaxcompress.config import ModelConfig
+from flaxcompress.decoding.step import Source, first_logits, next_logits
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.nn import Cache, init_cache, run
+from flaxcompress.nn import Cache
 
 _NEVER = -1e9
 
@@ -41,27 +42,37 @@ class _Beams(NamedTuple):
     cache: Cache
 
 
+class BeamRules(NamedTuple):
+    """n beams, N new tokens at most, and the ids that end a text or never come."""
+
+    beams: int
+    new: int
+    penalty: float
+    end_tokens: tuple[int, ...]
+    never_tokens: tuple[int, ...] = ()
+
+
 def beam_search(
     params: Any,
     config: ModelConfig,
+    source: Source | None,
     ids: np.ndarray,
     real: np.ndarray,
     length: int,
-    new: int,
-    beams: int,
-    penalty: float,
-    end_tokens: tuple[int, ...],
+    rules: BeamRules,
 ) -> list[list[int]]:
     """The best continuation of each prompt [B, T]: highest log-probability over (number of tokens) ** penalty.
+
+    `source` is what the encoder gets, where there is one; `length` the cache's.
 
     Ends like transformers' with early_stopping=False: when no running beam, at its present length, could still beat the
     worst of n finished ones; those still running at the limit count as finished.
     """
-    if beams * 2 > config.vocabulary:
+    if rules.beams * 2 > config.vocabulary:
         raise ValueError(
-            f"generate: {beams} beams need a vocabulary of {2 * beams}, the model's has {config.vocabulary}"
+            f"generate: {rules.beams} beams need a vocabulary of {2 * rules.beams}, the model's has {config.vocabulary}"
         )
-    out = _search(params, ids, real, config, compute_dtype(), length, new, beams, penalty, end_tokens)
+    out = _search(params, source, ids, real, config, compute_dtype(), length, rules)
     tokens, lengths = (np.asarray(x) for x in out)
     return [row[:count].tolist() for row, count in zip(tokens, lengths, strict=True)]
 
@@ -75,12 +86,12 @@ def _chosen(x: Array, index: Integer[Array, "B k"]) -> Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8, 9))
-def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_tokens):
-    batch = ids.shape[0]
-    repeat = lambda x: jnp.repeat(jnp.asarray(x), beams, axis=0)  # noqa: E731
-    cache = init_cache(config, batch * beams, length, dtype)
-    out = run(params, config, dtype, repeat(ids), repeat(real), cache=cache, last_logits=True)
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _search(params, source, ids, real, config, dtype, length, rules: BeamRules):
+    batch, beams, new, penalty, end_tokens = ids.shape[0], *rules[:4]
+    never = jnp.asarray(rules.never_tokens, jnp.int32)
+    repeat = lambda x: jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=0), x)  # noqa: E731
+    out = first_logits(params, source, ids, real, config, dtype, length)
     end = jnp.asarray(end_tokens or (-1,), jnp.int32)
     start = _Beams(
         step=jnp.zeros((), jnp.int32),
@@ -91,17 +102,19 @@ def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_t
         best_lengths=jnp.zeros((batch, beams), jnp.int32),
         ended=jnp.zeros((batch, beams), bool),
         open=jnp.ones(batch, bool),
-        logits=out.logits[:, -1],
-        cache=out.cache,
+        logits=repeat(out.logits[:, -1]),
+        cache=out.cache._replace(
+            layers={name: jnp.repeat(x, beams, axis=1) for name, x in out.cache.layers.items()},
+            **{name: repeat(getattr(out.cache, name)) for name in ("real", "counts", "memory_mask")},
+        ),
     )
 
     def going(state: _Beams):
         return (state.step < new) & state.open.any()
 
     def step(state: _Beams) -> _Beams:
-        scores = (
-            jax.nn.log_softmax(state.logits.astype(jnp.float32)).reshape(batch, beams, -1) + state.scores[..., None]
-        )
+        scores = jax.nn.log_softmax(state.logits.astype(jnp.float32)).at[:, never].set(_NEVER)
+        scores = scores.reshape(batch, beams, -1) + state.scores[..., None]
         found, place = jax.lax.top_k(scores.reshape(batch, -1), 2 * beams)  # at least n of them do not end
         beam, token = place // config.vocabulary, (place % config.vocabulary).astype(jnp.int32)
         tokens = _chosen(state.tokens, beam).at[:, :, state.step].set(token)
@@ -118,14 +131,16 @@ def _search(params, ids, real, config, dtype, length, new, beams, penalty, end_t
         # The n best that do not end run on.
         running, index = jax.lax.top_k(jnp.where(ends, _NEVER, found), beams)
         parent = _chosen(beam, index) + jnp.arange(batch)[:, None] * beams
-        moved = jax.tree.map(lambda x: x[:, _rows(parent)], state.cache.layers)
+        moved = {  # beams of one prompt share its source
+            name: x if name.startswith("cross_") else x[:, _rows(parent)] for name, x in state.cache.layers.items()
+        }
         cache = state.cache._replace(
             layers=moved, real=state.cache.real[_rows(parent)], counts=state.cache.counts[_rows(parent)]
         )
         kept = _chosen(tokens, index)
         worst = jnp.where(ended.all(-1), best_scores.min(-1), _NEVER)
         still = state.open & (running[:, 0] / length > worst)
-        out = run(params, config, dtype, _rows(_chosen(token, index))[:, None], cache=cache)
+        out = next_logits(params, _rows(_chosen(token, index))[:, None], cache, config, dtype)
         return _Beams(
             step=state.step + 1,
             tokens=kept,

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from flaxcompress.config import ModelConfig
-from flaxcompress.decoding.beams import beam_search
+from flaxcompress.config import GENERATING, ModelConfig
+from flaxcompress.decoding.beams import BeamRules, beam_search
 from flaxcompress.decoding.constraints import Constraint
 from flaxcompress.decoding.sampling import NEVER, Sampling, choose
+from flaxcompress.decoding.step import first_logits, next_logits
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.nn import Cache, init_cache, run
-from flaxcompress.text import Assets
+from flaxcompress.nn import Cache
+from flaxcompress.text import Assets, pad_ids
 
 BLOCK = 32
 Prompt = str | Sequence[int]
@@ -70,17 +71,24 @@ def generate(
 ) -> list[Generated]:
     """Continues every prompt (see `Model.generate`)."""
     rows = prompt_ids(config, assets, prompts, max_new_tokens)
+    source = None
+    if config.decoder is not None:
+        source = right_padded(rows, config)
+        rows = [[config.pad_token if assets.start_token is None else assets.start_token] for _ in rows]
     _check(config, assets, max_new_tokens, rules, key, beams, stop, on_token, constraint)
     if max_new_tokens == 0 or not rows:
         return [Generated([], "", False) for _ in rows]
     ids, real = left_padded(rows, config)
     length = -(-(ids.shape[1] + max_new_tokens) // 64) * 64  # one of a few sizes
     if beams > 1:
-        found = beam_search(params, config, ids, real, length, max_new_tokens, beams, length_penalty, assets.end_tokens)
+        rule = BeamRules(beams, max_new_tokens, length_penalty, assets.end_tokens, assets.never_tokens)
+        found = beam_search(params, config, source, ids, real, length, rule)
         return [_answer(assets, *pair, (), pair[1][-1] in assets.end_tokens) for pair in zip(rows, found, strict=True)]
-    choice = _Rules(rules, assets.end_tokens, constraint)
+    choice = _Rules(rules, assets.end_tokens, assets.never_tokens, constraint)
     dtype = compute_dtype()
-    state = _prefill(params, ids, real, jax.random.key(0) if key is None else key, config, dtype, length, choice)
+    state = _prefill(
+        params, source, ids, real, jax.random.key(0) if key is None else key, config, dtype, length, choice
+    )
     out: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
     while not all(ended) and (left := max_new_tokens - max(map(len, out))) > 0:
@@ -94,6 +102,7 @@ def generate(
 class _Rules(NamedTuple):
     sampling: Sampling
     end_tokens: tuple[int, ...]
+    never_tokens: tuple[int, ...]
     constraint: Constraint | None
 
 
@@ -143,13 +152,15 @@ def prompt_ids(config: ModelConfig, assets: Assets, prompts: Sequence[Prompt], n
     rows = []
     for number, prompt in enumerate(prompts):
         row = assets.tokenize([prompt]).ids[0] if isinstance(prompt, str) else [int(i) for i in prompt]
-        if isinstance(prompt, str) and len(row) > 1 and row[-1] in assets.end_tokens:
+        if isinstance(prompt, str) and len(row) > 1 and row[-1] in assets.end_tokens and config.decoder is None:
             row = row[:-1]  # tokenizers of encoders close a text; here it goes on
         if not row:
             raise ValueError(f"generate: prompt {number} has no tokens")
         if not 0 <= min(row) <= max(row) < config.vocabulary:
             raise ValueError(f"generate: prompt {number} holds ids outside the vocabulary 0 … {config.vocabulary - 1}")
-        if len(row) + new > config.positions:
+        if config.decoder is not None:
+            _check_lengths(config, number, len(row), new)
+        elif len(row) + new > config.positions:
             raise ValueError(
                 f"generate: prompt {number} has {len(row)} tokens, with {new} new ones more than the model's "
                 f"{config.positions} positions"
@@ -158,8 +169,17 @@ def prompt_ids(config: ModelConfig, assets: Assets, prompts: Sequence[Prompt], n
     return rows
 
 
+def _check_lengths(config: ModelConfig, number: int, source: int, new: int) -> None:
+    assert config.decoder is not None
+    if source > config.positions or new + 1 > config.decoder.positions:
+        raise ValueError(
+            f"generate: prompt {number} has {source} tokens and {new} are to come; the encoder has {config.positions} "
+            f"positions, the decoder {config.decoder.positions}, one of them for the token it begins with"
+        )
+
+
 def _check(config, assets, new, rules, key, beams, stop, on_token, constraint) -> None:
-    if not config.causal or config.head != "causal_lm":
+    if config.head not in GENERATING:
         raise ValueError(f"generate: a {config.family} model with head {config.head!r} does not predict the next token")
     if new < 0 or beams < 1:
         raise ValueError(f"generate: max_new_tokens must be 0 or more and beams 1 or more, got {new} and {beams}")
@@ -188,10 +208,15 @@ def left_padded(rows: Sequence[Sequence[int]], config: ModelConfig) -> tuple[np.
     return ids, real
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _prefill(params, ids, real, key, config, dtype, length, rules: _Rules) -> _State:
-    cache = init_cache(config, ids.shape[0], length, dtype)
-    out = run(params, config, dtype, ids, real, cache=cache, last_logits=True)
+def right_padded(rows: Sequence[Sequence[int]], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """ids [B, S] int32 and mask [B, S] bool for an encoder, padded to one of a few lengths."""
+    longest = max(map(len, rows))
+    return pad_ids(rows, min(-(-longest // 16) * 16, config.positions), len(rows), config.pad_token)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _prefill(params, source, ids, real, key, config, dtype, length, rules: _Rules) -> _State:
+    out = first_logits(params, source, ids, real, config, dtype, length)
     seen = None
     if rules.sampling.repetition_penalty != 1.0:
         rows = jnp.arange(ids.shape[0])[:, None]
@@ -214,12 +239,14 @@ def _decode(params, state: _State, config, dtype, count, rules: _Rules) -> tuple
         if recent is not None:
             assert rules.constraint is not None
             logits = jnp.where(rules.constraint.allowed(recent, config.vocabulary), logits, NEVER)
+        if rules.never_tokens:
+            logits = logits.at[:, jnp.asarray(rules.never_tokens)].set(NEVER)
         token = jnp.where(state.done, config.pad_token, choose(logits, state.seen, rules.sampling, now))
         done = state.done | (token[:, None] == end).any(-1)
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(len(token)), token].set(True)
-        out = run(params, config, dtype, token[:, None], cache=state.cache)
+        out = next_logits(params, token[:, None], state.cache, config, dtype)
         if recent is not None:
             recent = jnp.concatenate([recent, token[:, None]], 1)[:, 1:]
         return _State(out.cache, out.logits[:, -1], seen, recent, done, key), token

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
     Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
     TokenClassifierOutput,
 )
 
@@ -38,8 +39,7 @@ class FlaxCompressConfig(PretrainedConfig):
 class FlaxCompressModel(PreTrainedModel):
     """A transformer whose matrices may be in any format and whose layers may share weight sets.
 
-    Made from a config alone, its weights are zeros: they come from a saved folder. With a decoder, this class runs the
-    encoder alone.
+    Made from a config alone, its weights are zeros: they come from a saved folder.
     """
 
     config_class = FlaxCompressConfig
@@ -106,6 +106,31 @@ class FlaxCompressModel(PreTrainedModel):
             "need_attentions": bool(self.config.output_attentions if attentions is None else attentions),
         }
 
+    def translate(self, ids, mask, target, target_mask, encoder_outputs=None, past=None, **need):
+        """Encoder, unless its outputs are given, and decoder: a Seq2SeqModelOutput."""
+        if self.decoder_network is None:
+            raise ValueError("decoder_input_ids: this model has no decoder")
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder_outputs(ids, mask, **need)
+        rows = take(self.weight("embedding/token"), target)
+        seen = {"rows": rows, "memory": encoder_outputs[0], "memory_mask": mask}
+        out = self.decoder_network(target, target_mask, past=past, **seen, **need)
+        return Seq2SeqModelOutput(
+            last_hidden_state=out.last_hidden_state,
+            past_key_values=past,
+            decoder_hidden_states=out.hidden_states,
+            decoder_attentions=out.attentions,
+            cross_attentions=out.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+        )
+
+    def encoder_outputs(self, ids, mask, **need):
+        """What `translate` takes in place of source ids."""
+        states = self.network(ids, mask, **need)
+        return BaseModelOutput(states.last_hidden_state, states.hidden_states, states.attentions)
+
     def vocabulary_logits(self, x):
         """Logits of the next token, float32: by the token table, or a kernel of the head's own."""
         c, net = self.structure, self.network
@@ -123,11 +148,20 @@ class FlaxCompressModel(PreTrainedModel):
         attention_mask=None,
         token_type_ids=None,
         pixel_values=None,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
     ):
-        """[B, T] token ids, or pixel_values, -> last_hidden_state [B, T, D], pooler_output [B, D] if there is one."""
+        """[B, T] token ids, or pixel_values, -> last_hidden_state [B, T, D], pooler_output [B, D] if there is one.
+
+        With decoder_input_ids the states are the decoder's; without them, the encoder's.
+        """
+        if decoder_input_ids is not None:
+            need = self._needed(output_hidden_states, output_attentions)
+            target = (decoder_input_ids, decoder_attention_mask)
+            return self._answer(self.translate(input_ids, attention_mask, *target, **need), return_dict)
         x = input_ids if pixel_values is None else pixel_values
         out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
         return self._answer(out, return_dict)
@@ -315,38 +349,13 @@ class FlaxCompressForConditionalGeneration(FlaxCompressModel, GenerationMixin):
             decoder_input_ids = torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], 1)
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids: the decoder needs target ids [B, T], or labels")
-        if encoder_outputs is None:
-            encoder_outputs = BaseModelOutput(*_without_pooler(self.network(input_ids, attention_mask, **need)))
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        assert self.decoder_network is not None
-        out = self.decoder_network(
-            decoder_input_ids,
-            decoder_attention_mask,
-            past=past_key_values,
-            rows=take(self.weight("embedding/token"), decoder_input_ids),
-            memory=encoder_outputs[0],
-            memory_mask=attention_mask,
-            **need,
-        )
-        logits = self.vocabulary_logits(out.last_hidden_state)
+        source, target = (input_ids, attention_mask), (decoder_input_ids, decoder_attention_mask)
+        out = self.translate(*source, *target, encoder_outputs, past_key_values, **need)
+        logits = self.vocabulary_logits(out.pop("last_hidden_state"))
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        out = Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            decoder_hidden_states=out.hidden_states,
-            decoder_attentions=out.attentions,
-            cross_attentions=out.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=encoder_outputs.get("hidden_states"),
-            encoder_attentions=encoder_outputs.get("attentions"),
-        )
-        return self._answer(out, return_dict)
-
-
-def _without_pooler(states):
-    return states[0], *states[2:4]
+        return self._answer(Seq2SeqLMOutput(loss=loss, logits=logits, **out), return_dict)
 
 
 class _Encoder:
@@ -359,7 +368,7 @@ class _Encoder:
 
     def __call__(self, input_ids, attention_mask=None, output_hidden_states=None, output_attentions=None, **unused):
         need = self._model._needed(output_hidden_states, output_attentions)
-        return BaseModelOutput(*_without_pooler(self._model.network(input_ids, attention_mask, **need)))
+        return self._model.encoder_outputs(input_ids, attention_mask, **need)
 
     def forward(self, input_ids, attention_mask=None, output_hidden_states=None, output_attentions=None):
         """As calling it; `generate` reads the names of these arguments."""

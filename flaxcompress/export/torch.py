@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import storage, tree
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import GENERATING, ModelConfig
 from flaxcompress.encoding import pool, sentence_vectors
 from flaxcompress.export.code import NAME, check_code
 from flaxcompress.export.quiet import quiet_transformers
@@ -23,7 +23,14 @@ from flaxcompress.folder import MODEL_TYPE
 from flaxcompress.formats import materialize
 from flaxcompress.model import Model
 from flaxcompress.nn import run
-from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files, tokenizer_config_file
+from flaxcompress.text import (
+    Assets,
+    Pooling,
+    generation_config_file,
+    pad_ids,
+    sentence_transformers_files,
+    tokenizer_config_file,
+)
 
 FLOAT_TOLERANCE = 1e-4
 INTEGER_TOLERANCE = 2e-3
@@ -64,6 +71,8 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
         files: dict[str, str | bytes] = dict(model.assets.files)
         files |= tokenizer_config_file(model.assets)
         files |= sentence_transformers_files(model.assets, config.width)
+        if config.head in GENERATING:
+            files |= generation_config_file(model.assets, config.pad_token, decoder=config.decoder is not None)
         files |= {"config.json": json.dumps(hf, indent=2) + "\n", "README.md": _card(model.assets)}
         storage.write_files(folder, files)
     return out
@@ -75,7 +84,7 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     family = FAMILIES[model.config.family]
     config = model.config.replace(formats=())
     if not family.shares:
-        config = config.replace(sharing=None)
+        config = config.unshared()
     if not config.segments and "type_vocab_size" in family.write_config(config):
         config = config.replace(segments=1)  # stock code always adds a segment embedding: a row of zeros adds nothing
         flat["embedding/segment"] = np.zeros((1, config.table_width), np.float32)
@@ -141,6 +150,15 @@ def check_folder(model: Model, folder: str | Path, sentences: Sequence[str] | No
             pixels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
             want = np.asarray(run(model.params, model.config, jnp.float32, jnp.asarray(pixels)).last_hidden_state)
             got = _torch_states(folder, pixel_values=pixels)
+        elif model.config.decoder is not None:
+            ids, mask = _batch(model, sentences)
+            limit = model.config.decoder.positions
+            target = {"decoder_ids": jnp.asarray(ids[:, :limit]), "decoder_mask": jnp.asarray(mask[:, :limit])}
+            out = run(model.params, model.config, jnp.float32, jnp.asarray(ids), jnp.asarray(mask), **target)
+            want = np.asarray(out.last_hidden_state)[mask[:, :limit]]
+            given = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+            given |= {f"decoder_{name}": array[:, :limit] for name, array in given.items()}
+            got = _torch_states(folder, **given)[mask[:, :limit]]
         else:
             ids, mask = _batch(model, sentences)
             want = np.asarray(_sentence_vectors(model.params, ids, mask, model.config, jnp.float32, pooling))
@@ -203,5 +221,7 @@ def _torch_states(folder: Path, **inputs: np.ndarray) -> np.ndarray:
     if wrong:
         raise ValueError(f"{folder}: tensors that {network.__name__} misses or does not know: {', '.join(wrong[:4])}")
     with torch.no_grad():
-        out = net.eval().base_model(**{name: torch.tensor(array) for name, array in inputs.items()})
-    return out.last_hidden_state.numpy()
+        given = {name: torch.tensor(array) for name, array in inputs.items()}
+        if "decoder_input_ids" in given:  # not every class with a head keeps the stacks in a base model
+            return net.eval()(**given, output_hidden_states=True).decoder_hidden_states[-1].numpy()
+        return net.eval().base_model(**given).last_hidden_state.numpy()

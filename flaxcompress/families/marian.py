@@ -1,4 +1,4 @@
-"""Marian (Junczys-Dowmunt et al. 2018), as OPUS-MT's translators are: an encoder and a decoder, sinusoidal positions."""
+"""Marian (Junczys-Dowmunt et al. 2018), OPUS-MT's translators: an encoder and a decoder, sinusoidal positions."""
 
 from __future__ import annotations
 
