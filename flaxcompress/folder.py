@@ -247,7 +247,7 @@ def own_config(model: Model) -> dict[str, Any]:
         },
         "dtype": "float32",
         "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
+        "num_hidden_layers": (config.decoder or config).layers,  # how many the cache in transformers has
         "num_attention_heads": config.heads,
         "vocab_size": config.vocabulary,
         "max_position_embeddings": config.positions,

@@ -168,7 +168,7 @@ def t5(rng):
         "d_kv": base["head_dim"],
         "d_ff": base["intermediate_size"],
         "num_layers": base["num_hidden_layers"],
-        "num_decoder_layers": int(rng.integers(1, 4)),
+        "num_decoder_layers": int(rng.integers(1, base["num_hidden_layers"] + 1)),  # more breaks transformers' cache
         "num_heads": base["num_attention_heads"],
         "relative_attention_num_buckets": buckets,
         "relative_attention_max_distance": buckets + int(rng.integers(0, 20)),

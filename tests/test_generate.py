@@ -107,7 +107,7 @@ def test_a_saved_translator_generates_the_same_in_pytorch(family, tmp_path):
 def test_a_decoder_with_a_cache_gives_what_it_gives_at_once(family, tmp_path):
     network, seed = families.drawn(family, "seq2seq_lm", 2, tmp_path)
     model = fc.load(tmp_path)
-    _, ids, mask = (np.asarray(x) for x in sources(network, seed))
+    ids, mask = (np.asarray(x) for x in sources(network, seed)[1:])
     target = np.random.default_rng(0).integers(3, network.config.vocab_size - 1, (3, 6))
     want = model(ids, mask, decoder_input_ids=target, output_attentions=True)
     assert len(want.cross_attentions) == model.config.decoder.layers

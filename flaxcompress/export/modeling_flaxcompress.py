@@ -353,9 +353,10 @@ class FlaxCompressForConditionalGeneration(FlaxCompressModel, GenerationMixin):
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         source, target = (input_ids, attention_mask), (decoder_input_ids, decoder_attention_mask)
         out = self.translate(*source, *target, encoder_outputs, past_key_values, **need)
-        logits = self.vocabulary_logits(out.pop("last_hidden_state"))
+        logits = self.vocabulary_logits(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return self._answer(Seq2SeqLMOutput(loss=loss, logits=logits, **out), return_dict)
+        rest = {name: value for name, value in out.items() if name != "last_hidden_state"}
+        return self._answer(Seq2SeqLMOutput(loss=loss, logits=logits, **rest), return_dict)
 
 
 class _Encoder:
