@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from flaxcompress import tree
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import GENERATING, ModelConfig
 from flaxcompress.encoding import compute_dtype
 from flaxcompress.formats import matmul_flops, nbytes, spec_of, stored_values, take_flops
 from flaxcompress.model import Model
@@ -21,11 +21,14 @@ REST = "norms and biases"
 _PARTS = (  # the first full match decides; what matches none is `REST`
     ("token table", r"embedding/token"),
     ("positions and segments", r"embedding/(position|segment)"),
+    ("patches", r"embedding/patch/kernel"),
     ("attention", r"layers/\d+/attention/.*/kernel"),
     ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
-    ("decoder", r"decoder/.*"),
-    (REST, r"layers/.*|embedding/.*|final_norm/.*"),
-    ("relative positions", r"relative_bias/.*"),
+    ("decoder attention", r"decoder/layers/\d+/attention/.*/kernel"),
+    ("decoder cross-attention", r"decoder/layers/\d+/cross_attention/.*/kernel"),
+    ("decoder feed_forward", r"decoder/layers/\d+/feed_forward/.*/kernel"),
+    (REST, r"(decoder/)?(layers/.*|embedding/.*|final_norm/.*)"),
+    ("relative positions", r"(decoder/)?relative_bias/.*"),
     ("pooler", r"pooler/.*"),
     ("head", r"head/.*"),
 )
@@ -39,7 +42,7 @@ class PartCost:
       weights: how many weights are stored, scales and codebooks included; a shared set once.
       bytes: of the stored tensors; a shared set once.
       flops_per_token: of its matrix products (a multiply-add is two), a shared set every time it is used; element-wise
-        work is not counted.
+        work is not counted. An encoder's are per token of the source, a decoder's per token of the target.
       format: how its matrices are stored, in words.
     """
 
@@ -114,7 +117,8 @@ def profile(model: Model, *, length: int = 128) -> Profile:
 
     Args:
       length: T, the tokens of a sequence: the attention core takes 4·T·H·d operations per token and layer (as if every
-        token saw all others, as the plain implementation computes it), the pooler runs once per sequence.
+        token saw all others, as the plain implementation computes it), the pooler runs once per sequence. An encoder's
+        and its decoder's sequences are taken to be equally long.
 
     Raises ValueError for a length outside 1 … positions.
     """
@@ -129,10 +133,10 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     rows = []
     for part in [name for name, _ in _PARTS if name in members]:
         flops = sum(_flops(config, address, node, length) for address, node in members[part].items())
-        if part == "attention":
-            flops += config.layers * 4.0 * length * config.heads * config.head_dim
-        if part == "head" and config.head == "masked_lm":
-            flops += matmul_flops(nodes["embedding/token"])  # the tied output, x @ tableᵀ
+        if part.endswith("attention"):
+            flops += _core_flops(config if part == "attention" else config.decoder or config, length)
+        if part == "head" and _tied_output(config):
+            flops += matmul_flops(nodes["embedding/token"])
         rows.append(
             PartCost(
                 part=part,
@@ -142,7 +146,7 @@ def profile(model: Model, *, length: int = 128) -> Profile:
                 format=_formats(members[part].values()),
             )
         )
-    if config.head == "causal_lm" and config.tied:  # a head without weights of its own
+    if "head" not in members and _tied_output(config):  # a head without weights of its own
         flops = float(matmul_flops(nodes["embedding/token"]))
         rows.append(PartCost(part="head", weights=0, bytes=0, flops_per_token=flops, format="the token table"))
     return Profile(
@@ -154,11 +158,24 @@ def profile(model: Model, *, length: int = 128) -> Profile:
 
 
 def cache_bytes(config: ModelConfig) -> int:
-    """Bytes that the key/value cache holds for a token, in the compute dtype; 0 for models without one."""
-    if not config.causal:
+    """Bytes that the key/value cache holds for a token, in the compute dtype; 0 for models without one.
+
+    In a model with a decoder: for a token of the target; what the cache holds of the source does not grow with it.
+    """
+    if not (config.decoder or config).causal:
         return 0
-    shapes = jax.eval_shape(lambda: init_cache(config, 1, 1, compute_dtype()).layers)
+    shapes = jax.eval_shape(lambda: init_cache(config, 1, 1, compute_dtype(), memory=0).layers)
     return sum(nbytes(leaf) for leaf in jax.tree.leaves(shapes))
+
+
+def _core_flops(config: ModelConfig, length: int) -> float:
+    """Of scores and weighted sums, per token, in all layers."""
+    return config.layers * 4.0 * length * config.heads * config.head_dim
+
+
+def _tied_output(config: ModelConfig) -> bool:
+    """Whether logits are x @ tableᵀ."""
+    return config.head == "masked_lm" or (config.head in GENERATING and config.tied)
 
 
 def part_of(address: str) -> str:
@@ -169,7 +186,7 @@ def part_of(address: str) -> str:
 def _flops(config: ModelConfig, address: str, node: Any, length: int) -> float:
     if len(node.shape) != 2:
         return 0.0
-    if "embedding/" in address:
+    if re.fullmatch(r"(decoder/)?(embedding/(token|position|segment)|relative_bias/table)", address):
         return take_flops(node)
     if address.startswith("pooler/"):
         return matmul_flops(node) / length
