@@ -15,7 +15,7 @@ from jaxtyping import Float
 from flaxcompress import tree
 from flaxcompress.blocks import block_rows, by_blocks, side_by_side
 from flaxcompress.config import ModelConfig
-from flaxcompress.decoding import Constraint, OnToken, Prompt, Sampling, generate
+from flaxcompress.decoding import Constraint, Conversation, OnToken, Prompt, Sampling, generate
 from flaxcompress.encoding import compute_dtype, encode_stream
 from flaxcompress.formats import nbytes, spec_of, stored_values
 from flaxcompress.inputs import check_cache, check_decoder_inputs, check_inputs, check_pixels, is_traced
@@ -215,6 +215,14 @@ class Model:
         )
         answers: list[Any] = found if return_ids else [answer.text for answer in found]
         return answers[0] if isinstance(prompts, str) else answers
+
+    def chat(self, messages: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+        """A conversation by the checkpoint's chat template, which may begin with messages, such as a system prompt.
+
+        `chat.say("…")` gives the model's answer; a turn runs only what the cache of the turns before does not hold.
+        Raises ValueError for a model that does not predict the next token.
+        """
+        return Conversation(self.params, self.config, self.assets, messages)
 
     @property
     def nbytes(self) -> int:

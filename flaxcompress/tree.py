@@ -181,6 +181,24 @@ def _assemble(flat: Mapping[str, Any], runs: dict[tuple[str, str], list[_Run]], 
     return nest(whole)
 
 
+def lay_out(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A stacked tree in which every weight set is a run of its own, for code that takes layers one by one."""
+    out: dict[str, Any] = {}
+    for name, child in params.items():
+        if name == "layers":
+            out[name] = {
+                part: {
+                    run_name(int(first) + i): jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], run)
+                    for first, run in runs.items()
+                    for i in range(run_length(run))
+                }
+                for part, runs in child.items()
+            }
+        else:
+            out[name] = lay_out(child) if isinstance(child, Mapping) else child
+    return out
+
+
 def _runs(flat: Mapping[str, Any]) -> dict[tuple[str, str], list[_Run]]:
     """{(stack, part): its runs}."""
     parts: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}

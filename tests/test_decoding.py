@@ -108,7 +108,7 @@ def test_a_cache_that_is_full_or_of_another_batch_is_refused():
 def test_decoding_compiles_once_whatever_is_generated():
     model = decoder()
     chex.clear_trace_counter()
-    prefill = jax.jit(chex.assert_max_traces(_prefill.__wrapped__, n=1), static_argnums=(4, 5, 6, 7))
+    prefill = jax.jit(chex.assert_max_traces(_prefill.__wrapped__, n=1), static_argnums=(5, 6, 7, 8))
     decode = jax.jit(chex.assert_max_traces(_decode.__wrapped__, n=1), static_argnums=(2, 3, 4, 5))
     import importlib
 

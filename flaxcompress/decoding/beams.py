@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
+from flaxcompress import tree
 from flaxcompress.config import ModelConfig
-from flaxcompress.decoding.step import Source, first_logits, next_logits
+from flaxcompress.decoding.step import LAID_OUT, Source, first_logits, next_logits
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.nn import Cache
+from flaxcompress.nn import Cache, lay_out
 
 _NEVER = -1e9
 
@@ -90,9 +91,12 @@ def _chosen(x: Array, index: Integer[Array, "B k"]) -> Array:
 def _search(params, source, ids, real, config, dtype, length, rules: BeamRules):
     batch, beams, new, penalty, end_tokens = ids.shape[0], *rules[:4]
     never = jnp.asarray(rules.never_tokens, jnp.int32)
-    repeat = lambda x: jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=0), x)  # noqa: E731
     out = first_logits(params, source, ids, real, config, dtype, length)
     end = jnp.asarray(end_tokens or (-1,), jnp.int32)
+    cache, axis = out.cache, 1
+    if (config.decoder or config).layers <= LAID_OUT:
+        params, cache, axis = tree.lay_out(params), lay_out(cache), 0
+    repeat = functools.partial(jnp.repeat, repeats=beams, axis=0)
     start = _Beams(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((batch, beams, new), config.pad_token, jnp.int32),
@@ -103,9 +107,11 @@ def _search(params, source, ids, real, config, dtype, length, rules: BeamRules):
         ended=jnp.zeros((batch, beams), bool),
         open=jnp.ones(batch, bool),
         logits=repeat(out.logits[:, -1]),
-        cache=out.cache._replace(
-            layers={name: jnp.repeat(x, beams, axis=1) for name, x in out.cache.layers.items()},
-            **{name: repeat(getattr(out.cache, name)) for name in ("real", "counts", "memory_mask")},
+        cache=cache._replace(
+            layers=jax.tree.map(lambda x: jnp.repeat(x, beams, axis=axis), cache.layers),
+            real=repeat(cache.real),
+            counts=repeat(cache.counts),
+            memory_mask=None if cache.memory_mask is None else repeat(cache.memory_mask),
         ),
     )
 
@@ -132,7 +138,10 @@ def _search(params, source, ids, real, config, dtype, length, rules: BeamRules):
         running, index = jax.lax.top_k(jnp.where(ends, _NEVER, found), beams)
         parent = _chosen(beam, index) + jnp.arange(batch)[:, None] * beams
         moved = {  # beams of one prompt share its source
-            name: x if name.startswith("cross_") else x[:, _rows(parent)] for name, x in state.cache.layers.items()
+            name: x
+            if name.startswith("cross_")
+            else jax.tree.map(lambda array: jnp.take(array, _rows(parent), axis=axis), x)
+            for name, x in state.cache.layers.items()
         }
         cache = state.cache._replace(
             layers=moved, real=state.cache.real[_rows(parent)], counts=state.cache.counts[_rows(parent)]

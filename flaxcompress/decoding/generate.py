@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
+from flaxcompress import tree
 from flaxcompress.config import GENERATING, ModelConfig
 from flaxcompress.decoding.beams import BeamRules, beam_search
 from flaxcompress.decoding.constraints import Constraint
 from flaxcompress.decoding.sampling import NEVER, Sampling, choose
-from flaxcompress.decoding.step import first_logits, next_logits
+from flaxcompress.decoding.step import LAID_OUT, first_logits, next_logits
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.nn import Cache
+from flaxcompress.nn import Cache, lay_out, stack_up
 from flaxcompress.text import Assets, pad_ids
 
 BLOCK = 32
@@ -45,7 +46,15 @@ class Generated:
     finished: bool
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
+    """Between two tokens: what has been run, the logits after it, and what the rules of choice look at.
+
+    Attributes:
+      seen: which tokens have come, where there is a penalty for repetition.
+      recent: the last tokens, as far back as a constraint looks.
+      done: which rows have ended.
+    """
+
     cache: Cache
     logits: Float[Array, "B V"]
     seen: Bool[Array, "B V"] | None
@@ -75,7 +84,7 @@ def generate(
     if config.decoder is not None:
         source = right_padded(rows, config)
         rows = [[config.pad_token if assets.start_token is None else assets.start_token] for _ in rows]
-    _check(config, assets, max_new_tokens, rules, key, beams, stop, on_token, constraint)
+    check(config, assets, max_new_tokens, rules, key, beams, stop, on_token, constraint)
     if max_new_tokens == 0 or not rows:
         return [Generated([], "", False) for _ in rows]
     ids, real = left_padded(rows, config)
@@ -84,22 +93,39 @@ def generate(
         rule = BeamRules(beams, max_new_tokens, length_penalty, assets.end_tokens, assets.never_tokens)
         found = beam_search(params, config, source, ids, real, length, rule)
         return [_answer(assets, *pair, (), pair[1][-1] in assets.end_tokens) for pair in zip(rows, found, strict=True)]
-    choice = _Rules(rules, assets.end_tokens, assets.never_tokens, constraint)
-    dtype = compute_dtype()
-    state = _prefill(
-        params, source, ids, real, jax.random.key(0) if key is None else key, config, dtype, length, choice
-    )
-    out: list[list[int]] = [[] for _ in rows]
+    choice = Rules(rules, assets.end_tokens, assets.never_tokens, constraint)
+    start = jax.random.key(0) if key is None else key
+    state = _prefill(params, source, ids, real, start, config, compute_dtype(), length, choice)
+    return go_on(params, config, assets, rows, state, choice, new=max_new_tokens, stop=stop, on_token=on_token)[0]
+
+
+def go_on(
+    params: Any,
+    config: ModelConfig,
+    assets: Assets,
+    rows: Sequence[list[int]],
+    state: State,
+    choice: Rules,
+    *,
+    new: int,
+    stop: Sequence[str] = (),
+    on_token: OnToken | None = None,
+) -> tuple[list[Generated], Cache]:
+    """Up to `new` tokens after the prompts `rows`, which have been run; the answers and the cache with all that ran."""
+    dtype, out = compute_dtype(), [[] for _ in rows]
     ended = [False] * len(rows)
-    while not all(ended) and (left := max_new_tokens - max(map(len, out))) > 0:
+    while not all(ended) and (left := new - max(map(len, out))) > 0:
         count = 1 if on_token is not None else min(BLOCK, left)
         tokens, state = _decode(params, state, config, dtype, count, choice)
-        for row, new in enumerate(np.asarray(tokens)):
-            ended[row] = ended[row] or _take(assets, rows[row], out[row], new, stop, row, on_token)
-    return [_answer(assets, *each[:2], stop, each[2]) for each in zip(rows, out, ended, strict=True)]
+        for row, found in enumerate(np.asarray(tokens)):
+            ended[row] = ended[row] or _take(assets, rows[row], out[row], found, stop, row, on_token)
+    answers = [_answer(assets, *each[:2], stop, each[2]) for each in zip(rows, out, ended, strict=True)]
+    return answers, state.cache
 
 
-class _Rules(NamedTuple):
+class Rules(NamedTuple):
+    """All that decides which token comes next, besides the logits."""
+
     sampling: Sampling
     end_tokens: tuple[int, ...]
     never_tokens: tuple[int, ...]
@@ -178,7 +204,8 @@ def _check_lengths(config: ModelConfig, number: int, source: int, new: int) -> N
         )
 
 
-def _check(config, assets, new, rules, key, beams, stop, on_token, constraint) -> None:
+def check(config, assets, new, rules, key, beams, stop, on_token, constraint) -> None:
+    """Raises ValueError for settings that do not go together, or not with the model."""
     if config.head not in GENERATING:
         raise ValueError(f"generate: a {config.family} model with head {config.head!r} does not predict the next token")
     if new < 0 or beams < 1:
@@ -215,8 +242,13 @@ def right_padded(rows: Sequence[Sequence[int]], config: ModelConfig) -> tuple[np
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
-def _prefill(params, source, ids, real, key, config, dtype, length, rules: _Rules) -> _State:
+def _prefill(params, source, ids, real, key, config, dtype, length, rules: Rules) -> State:
     out = first_logits(params, source, ids, real, config, dtype, length)
+    return ready(out.cache, out.logits[:, -1], ids, real, key, config, rules)
+
+
+def ready(cache: Cache, logits: Any, ids: Any, real: Any, key: Any, config: ModelConfig, rules: Rules) -> State:
+    """The state after the prompts ids, real [B, T], which the cache holds; to be traced."""
     seen = None
     if rules.sampling.repetition_penalty != 1.0:
         rows = jnp.arange(ids.shape[0])[:, None]
@@ -226,14 +258,14 @@ def _prefill(params, source, ids, real, key, config, dtype, length, rules: _Rule
         reach = rules.constraint.reach
         recent = jnp.pad(jnp.where(real, ids, -1), ((0, 0), (reach, 0)), constant_values=-1)[:, ids.shape[1] :]
     done = jnp.zeros(ids.shape[0], bool)
-    return _State(out.cache, out.logits[:, -1], seen, recent, done, key)
+    return State(cache, logits, seen, recent, done, key)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), donate_argnums=1)
-def _decode(params, state: _State, config, dtype, count, rules: _Rules) -> tuple[Integer[Array, "B N"], _State]:
+def _decode(params, state: State, config, dtype, count, rules: Rules) -> tuple[Integer[Array, "B N"], State]:
     end = jnp.asarray(rules.end_tokens or (-1,), jnp.int32)
 
-    def step(state: _State, _):
+    def step(state: State, _):
         key, now = jax.random.split(state.key)
         logits, recent = state.logits, state.recent
         if recent is not None:
@@ -249,7 +281,10 @@ def _decode(params, state: _State, config, dtype, count, rules: _Rules) -> tuple
         out = next_logits(params, token[:, None], state.cache, config, dtype)
         if recent is not None:
             recent = jnp.concatenate([recent, token[:, None]], 1)[:, 1:]
-        return _State(out.cache, out.logits[:, -1], seen, recent, done, key), token
+        return State(out.cache, out.logits[:, -1], seen, recent, done, key), token
 
+    apart = (config.decoder or config).layers <= LAID_OUT
+    if apart:
+        params, state = tree.lay_out(params), state._replace(cache=lay_out(state.cache))
     state, tokens = jax.lax.scan(step, state, None, length=count)
-    return tokens.T, state
+    return tokens.T, state._replace(cache=stack_up(state.cache)) if apart else state

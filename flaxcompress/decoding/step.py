@@ -10,6 +10,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.nn import Cache, TransformerOutput, init_cache, run
 
 Source = tuple[Any, Any]
+LAID_OUT = 64  # up to so many layers stand one after another in the loop over tokens; compiling more takes too long
 
 
 def first_logits(

@@ -1,6 +1,6 @@
 """Flax Linen modules, one idea per file."""
 
-from flaxcompress.nn.cache import Cache, is_ring
+from flaxcompress.nn.cache import Cache, cache_slots, cut, grow, is_ring, lay_out, stack_up
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.init_cache import init_cache
 from flaxcompress.nn.layer import Layer
@@ -16,7 +16,12 @@ __all__ = [
     "Stack",
     "Transformer",
     "TransformerOutput",
+    "cache_slots",
+    "cut",
+    "grow",
     "init_cache",
     "is_ring",
+    "lay_out",
     "run",
+    "stack_up",
 ]

@@ -82,9 +82,8 @@ class Attention(nn.Module):
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
         if cache is not None:
-            ring = is_ring(config)
-            new = cache.store("key", key, context.slots, wraps=ring).store("value", value, context.slots, wraps=ring)
-            if ring and x.shape[1] > 1:  # the tokens may push out what their first ones still see
+            new = cache.store("key", key).store("value", value)
+            if is_ring(config) and x.shape[1] > 1:  # the tokens may push out what their first ones still see
                 key = jnp.concatenate([cache.read("key", key.dtype), key], 1)
                 value = jnp.concatenate([cache.read("value", value.dtype), value], 1)
             else:

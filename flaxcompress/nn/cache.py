@@ -17,6 +17,7 @@ class Cache(NamedTuple):
     Attributes:
       layers: {"key": [L, B, K, S, d], "value": …}: what attention keeps of tokens, stacked over layers; heads before
         slots, as the products of attention want them. In a decoder also "cross_key" and "cross_value", of the memory.
+        While decoding, a tuple of the layers' arrays in place of each stack (see `lay_out`).
       real: [B, S] whether a slot holds a token that may be seen (padding may not).
       places: [S] the place in the sequence of what a slot holds; the same for all rows.
       length: how many places are filled so far, padding included.
@@ -59,38 +60,94 @@ def slots_of(cache: Cache, tokens: int) -> Integer[Array, " t"]:
 
 
 class LayerCache(NamedTuple):
-    """One layer's part of a cache. The stacked arrays are carried through the scan over layers and written in place.
+    """One layer's part of a cache, and what its tokens add to it, which `stored` puts into all layers' arrays at once.
+
+    The arrays are only read while the layers run: writing them layer by layer makes XLA copy all of them every time.
 
     Attributes:
-      layers: `Cache.layers`.
-      index: which layer.
+      kept: {name: [B, K, S, d]} before these tokens.
+      slots: where they go.
+      new: {name: [B, K, t, d]}, what they leave.
+      whole: {name: [B, K, S, d]}, arrays that are exchanged.
     """
 
-    layers: Any
-    index: Any
+    kept: Any
+    slots: Integer[Array, " t"]
+    new: Any
+    whole: Any
 
     def read(self, name: str, dtype: Any) -> Float[Array, "B S K d"]:
-        """What this layer keeps."""
-        kept = jax.lax.dynamic_index_in_dim(self.layers[name], self.index, 0, keepdims=False)
-        return kept.transpose(0, 2, 1, 3).astype(dtype)
+        """What this layer keeps, what was stored or filled included."""
+        array = self.whole.get(name, self.kept[name])
+        if name in self.new:
+            array = _put(array, self.new[name], self.slots)
+        return array.transpose(0, 2, 1, 3).astype(dtype)
 
-    def store(self, name: str, new: Float[Array, "B T K d"], slots: Integer[Array, " t"], *, wraps: bool) -> LayerCache:
-        """With what the last tokens leave put into their slots, which are neighbours unless the ring `wraps`."""
-        old = self.layers[name]
-        last = new[:, -slots.shape[0] :].transpose(0, 2, 1, 3).astype(old.dtype)
-        if wraps and slots.shape[0] > 1:
-            changed = old.at[self.index, :, :, slots].set(last.transpose(2, 0, 1, 3))
-        else:
-            changed = jax.lax.dynamic_update_slice(old, last[None], (self.index, 0, 0, slots[0], 0))
-        return self._replace(layers={**self.layers, name: changed})
+    def store(self, name: str, new: Float[Array, "B T K d"]) -> LayerCache:
+        """With what the last tokens leave put into their slots."""
+        last = new[:, -self.slots.shape[0] :].transpose(0, 2, 1, 3).astype(self.kept[name].dtype)
+        return self._replace(new={**self.new, name: last})
 
-    def fill(self, name: str, new: Float[Array, "B M K d"]) -> LayerCache:
-        """With all of an array exchanged in this layer."""
-        old = self.layers[name]
-        rows = new.transpose(0, 2, 1, 3).astype(old.dtype)[None]
-        return self._replace(
-            layers={**self.layers, name: jax.lax.dynamic_update_slice(old, rows, (self.index, 0, 0, 0, 0))}
-        )
+    def fill(self, name: str, array: Float[Array, "B S K d"]) -> LayerCache:
+        """With all of an array exchanged."""
+        whole = array.transpose(0, 2, 1, 3).astype(self.kept[name].dtype)
+        return self._replace(whole={**self.whole, name: whole})
+
+
+def stored(
+    layers: dict[str, Any], new: dict[str, Any], whole: dict[str, Any], slots: Integer[Array, " t"]
+) -> dict[str, Any]:
+    """All layers' arrays [L, B, K, S, d] with new tokens [L, B, K, t, d] put into their slots, and some exchanged."""
+    if laid_out(layers):
+        put = {n: tuple(_put(a, new[n][i], slots) for i, a in enumerate(layers[n])) for n in new}
+        return {**layers, **put, **{n: tuple(array) for n, array in whole.items()}}
+    return {n: _put(array, new[n], slots) if n in new else whole.get(n, array) for n, array in layers.items()}
+
+
+def cut(cache: Cache, length: int) -> Cache:
+    """The cache as it was after its first `length` tokens, none of which may be padding or have been overwritten."""
+    slots = cache.real.shape[1]
+    return cache._replace(
+        real=cache.real & (jnp.arange(slots) < length),
+        length=jnp.asarray(length, jnp.int32),
+        counts=jnp.full_like(cache.counts, length),
+    )
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """With room for more tokens; not for a ring that has gone round, and not for a cache laid out."""
+    more = slots - cache.real.shape[1]
+    pad = lambda x, axis: jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)])  # noqa: E731
+    return cache._replace(
+        layers={n: x if n.startswith("cross_") else pad(x, -2) for n, x in cache.layers.items()},
+        real=pad(cache.real, 1),
+        places=pad(cache.places, 0),
+    )
+
+
+def laid_out(layers: Any) -> bool:
+    """Whether a cache's arrays are tuples, one array per layer."""
+    return layers is not None and any(isinstance(array, tuple) for array in layers.values())
+
+
+def lay_out(cache: Cache) -> Cache:
+    """With each layer's arrays apart, for a loop over tokens: they are then written in place, and read without a copy.
+
+    Layers run one after another with such a cache, not in a loop, which would copy their part of every stack per token.
+    """
+    return cache._replace(layers={name: tuple(array) for name, array in cache.layers.items()})
+
+
+def stack_up(cache: Cache) -> Cache:
+    """The inverse of `lay_out`."""
+    return cache._replace(layers={name: jnp.stack(arrays) for name, arrays in cache.layers.items()})
+
+
+def _put(array: Float[Array, "*B S d"], new: Float[Array, "*B t d"], slots: Integer[Array, " t"]) -> Any:
+    """Exchanges the slots of new tokens; several may go over the end of a ring."""
+    if slots.shape[0] == 1:
+        return jax.lax.dynamic_update_slice(array, new, (*(0,) * (array.ndim - 2), slots[0], 0))
+    return array.at[..., slots, :].set(new)
 
 
 def advance(cache: Cache, real: Bool[Array, "B T"], slots: Integer[Array, " t"]) -> Cache:

@@ -62,9 +62,12 @@ class Linear(nn.Module):
 
 
 def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:
-    """Applies several linear maps to one input: in a single product when all their kernels are dense arrays."""
+    """Applies several linear maps to one input: in a single product when all their kernels are dense arrays.
+
+    One token per sequence, as in decoding, is not worth putting the kernels together for.
+    """
     kernels = [linear.kernel for linear in linears]
-    if not all(isinstance(kernel, jax.Array) for kernel in kernels):
+    if x.shape[-2] == 1 or not all(isinstance(kernel, jax.Array) for kernel in kernels):
         return [linear(x) for linear in linears]
     for linear in linears:
         linear.record(x)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig, Sets
-from flaxcompress.nn.cache import LayerCache
+from flaxcompress.nn.cache import LayerCache, laid_out, stored
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
@@ -34,7 +34,7 @@ class StackOutput(NamedTuple):
       attentions: the attention probabilities, [L, B, H, T, T].
       cross_attentions: those of a decoder on the encoder's tokens, [L, B, H, T, S].
       recorded: (first layer, what `record` returned stacked over the segment's layers), one entry per segment.
-      cache: what the layers keep for later tokens, stacked.
+      cache: what the layers keep for later tokens, these included, stacked.
     """
 
     x: Any
@@ -109,14 +109,18 @@ class Stack(nn.Module):
         else:
             layers = {part: self.get_variable("params", part) for part in parts}
         dropout_key = None if deterministic else self.make_rng("dropout")
-        hidden, attentions, crossed, recorded = [], [], [], []
+        hidden, attentions, crossed, recorded, added = [], [], [], [], []
         for segment in segments(config, layers):
             need = (need_hidden_states, need_attentions, record)
-            (x, cache), outputs = self._scan(segment, layers, x, context, cache, dropout_key, *need)
+            x, outputs = self._scan(segment, layers, x, context, cache, dropout_key, *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             crossed.append(outputs[2])
             recorded.append((segment.first, outputs[3]))
+            added.append(outputs[4])
+        if cache is not None:
+            new, whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *added)
+            cache = stored(cache, new, whole, context.slots)
         return StackOutput(
             x,
             jnp.concatenate(hidden) if need_hidden_states else None,
@@ -143,8 +147,8 @@ class Stack(nn.Module):
         windows = config.local[first:last]
         alike = len(set(windows)) == 1
 
-        def body(carry, step):
-            (x, cache), (number, slices, indices, is_local) = carry, step
+        def body(x, step):
+            number, slices, indices, is_local, kept = step
             params = {**closed, **slices}
             for part, (run, _) in picked.items():
                 params[part] = jax.tree.map(lambda leaf, i=indices[part]: leaf[i], run)
@@ -153,20 +157,25 @@ class Stack(nn.Module):
                 {"params": params},
                 x,
                 context.within(windows[0] if alike else is_local),
-                cache=None if cache is None else LayerCache(cache, number),
+                cache=None if kept is None else LayerCache(kept, context.slots, {}, {}),
                 deterministic=dropout_key is None,
                 need_probabilities=need_attentions,
                 rngs=rngs,
                 mutable=[INPUTS] if record is not None else [],
             )
             inputs = record(recorded[INPUTS], context.real) if record is not None else None
-            cache = None if out.cache is None else out.cache.layers
             state = x if need_hidden_states else None
-            return (out.x, cache), (state, out.probabilities, out.cross_probabilities, inputs)
+            added = None if out.cache is None else (out.cache.new, out.cache.whole)
+            return out.x, (state, out.probabilities, out.cross_probabilities, inputs, added)
 
         indices = {part: local for part, (_, local) in picked.items()}
         steps = (jnp.arange(first, last), scanned, indices, None if alike else jnp.asarray(windows))
-        if last - first > 1:
-            return jax.lax.scan(body, (x, cache), steps)
-        one, outputs = body((x, cache), jax.tree.map(lambda leaf: leaf[0], steps))
-        return one, jax.tree.map(lambda leaf: leaf[None], outputs)
+        if last - first > 1 and not laid_out(cache):
+            kept = jax.tree.map(lambda array: array[first:last], cache)
+            return jax.lax.scan(body, x, (*steps, kept))
+        found = []
+        for i in range(last - first):
+            kept = None if cache is None else {name: array[first + i] for name, array in cache.items()}
+            x, outputs = body(x, (*jax.tree.map(lambda leaf, i=i: leaf[i], steps), kept))
+            found.append(outputs)
+        return x, jax.tree.map(lambda *each: jnp.stack(each), *found)
