@@ -23,7 +23,13 @@ from flaxcompress.families.base import write_classes
 from flaxcompress.families.llama2c import find_checkpoint, read_checkpoint
 from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
 from flaxcompress.model import Model, abstract_flat
-from flaxcompress.text import generation_config_file, read_assets, sentence_transformers_files, tokenizer_config_file
+from flaxcompress.text import (
+    TOKENIZER_FILES,
+    generation_config_file,
+    read_assets,
+    sentence_transformers_files,
+    tokenizer_config_file,
+)
 
 log = logging.getLogger("flaxcompress")
 
@@ -72,7 +78,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.txt", "README.md", "1_Pooling/*"]
+                name, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES, "README.md", "1_Pooling/*"]
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

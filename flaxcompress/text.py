@@ -23,9 +23,13 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "source.spm",
+    "target.spm",
+    "spiece.model",
     "added_tokens.json",
     "chat_template.jinja",
 )
+_ONE_OF = ("tokenizer.json", "vocab.txt", "merges.txt", "source.spm", "spiece.model")  # has a tokenizer
 POOLING_MODES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -107,7 +111,7 @@ class Assets:
     @property
     def has_tokenizer(self) -> bool:
         """Whether texts can be tokenized at all."""
-        return any(self.file(name) is not None for name in ("tokenizer.json", "vocab.txt", "merges.txt"))
+        return any(self.file(name) is not None for name in _ONE_OF)
 
     @property
     def chat_template(self) -> str | None:

@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from flaxcompress.sentence_piece import marian_tokenizer, t5_tokenizer
+
 
 def make_tokenizer(files: Sequence[tuple[str, bytes]], max_length: int):
     """The `tokenizers.Tokenizer` of these files; truncation and padding embedded in tokenizer.json are ignored.
 
-    Without it, vocab.json and merges.txt are read as GPT-2's BPE of bytes, and a vocab.txt as BERT's WordPiece,
-    lower-casing as tokenizer_config.json says (default true).
+    Without it, vocab.json and merges.txt are read as GPT-2's BPE of bytes, vocab.json and source.spm as Marian's,
+    spiece.model as T5's, and vocab.txt as BERT's WordPiece, lower-casing as tokenizer_config.json says (default true).
     """
     import tokenizers
 
@@ -26,10 +28,14 @@ def make_tokenizer(files: Sequence[tuple[str, bytes]], max_length: int):
         tokenizer = _word_piece(content)
     elif "merges.txt" in content and "vocab.json" in content:
         tokenizer = _byte_level_bpe(content)
+    elif "source.spm" in content and "vocab.json" in content:
+        tokenizer = marian_tokenizer(content)
+    elif "spiece.model" in content:
+        tokenizer = t5_tokenizer(content)
     else:
         raise ValueError(
-            "the checkpoint has no tokenizer: put tokenizer.json, vocab.txt, or vocab.json and merges.txt beside its "
-            "config.json"
+            "the checkpoint has no tokenizer: put tokenizer.json beside its config.json, or vocab.txt (BERT), "
+            "vocab.json and merges.txt (GPT-2), vocab.json and source.spm (Marian), or spiece.model (T5)"
         )
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)

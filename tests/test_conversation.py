@@ -141,3 +141,34 @@ def test_a_cache_cut_and_grown_gives_what_a_fresh_one_gives():
     cache = grow(cut(out.cache, 5), 20)
     got = model(ids[:, 5:], cache=cache).logits
     assert jnp.abs(got - full[:, 5:]).max() <= 1e-5 * jnp.abs(full).max()
+
+
+def test_the_command_line_converses(tmp_path, monkeypatch, capsys):
+    import io
+
+    from flaxcompress.cli import main
+
+    model = talker()
+    fc.save(model, tmp_path / "m")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nhi\n"))
+    assert main(["generate", str(tmp_path / "m"), "--chat", "--max-new-tokens", "6"]) in (0, None)
+    chat = model.chat()
+    want = [chat.say(text, max_new_tokens=6) for text in ("hello", "hi")]
+    out = capsys.readouterr().out
+    assert out.startswith("\n".join(want)) and "tokens in the cache" in out
+    for flags, message in (([], "give --prompt, or --chat"), (["--chat", "--beams", "2"], "goes with neither")):
+        assert main(["generate", str(tmp_path / "m"), *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_line_continues_a_text(tmp_path, capsys):
+    from flaxcompress.cli import main
+
+    model = talker()
+    fc.save(model, tmp_path / "m")
+    command = ["generate", str(tmp_path / "m"), "--prompt", "hello", "--max-new-tokens", "6"]
+    assert main([*command, "--json", str(tmp_path / "found.json")]) in (0, None)
+    [want] = model.generate(["hello"], max_new_tokens=6, return_ids=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["text"], found["ids"], found["finished"]) == (want.text, want.ids, want.finished)
+    assert capsys.readouterr().out.startswith(want.text)

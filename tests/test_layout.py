@@ -15,13 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
-# A unit (a file or a folder of the package) imports only from units to its left. `machine`, `tokenizer`, `storage` and
-# `progress` are helpers beside `text`, `card` is one of `folder`; `encoding`, `blocks`, `inputs` and `decoding` are of
-# `model`.
+# A unit (a file or a folder of the package) imports only from units to its left. `machine`, `sentence_piece`,
+# `tokenizer`, `storage` and `progress` are helpers beside `text`, `card` is one of `folder`; `encoding`, `blocks`,
+# `inputs` and `decoding` are of `model`.
 ORDER = (
     *(
         "config",
         "machine",
+        "sentence_piece",
         "tokenizer",
         "text",
         "storage",

@@ -17,12 +17,14 @@ from flaxcompress.cli.files import check_file, write_json
 class Generate(Verb):
     """Continues a text, token by token as they come; the likeliest tokens unless a temperature is given.
 
+    With --chat and no prompt, every line of standard input is a turn of one conversation.
+
     For example: flaxcompress generate stories260K/ --prompt Once --max-new-tokens 100
     """
 
     keeps_memory: ClassVar = True
     model: ModelName
-    prompt: Annotated[str, arg(metavar="TEXT", help="what to continue")]
+    prompt: Annotated[str | None, arg(metavar="TEXT", help="what to continue, or to translate")] = None
     max_new_tokens: Annotated[int, arg(metavar="N", help="tokens at most")] = 64
     temperature: Annotated[float, arg(metavar="T", help="above 0, tokens are drawn")] = 0.0
     top_k: Annotated[int | None, arg(metavar="K", help="draw among the K likeliest tokens")] = None
@@ -46,7 +48,13 @@ class Generate(Verb):
         from flaxcompress.folder import load
 
         check_file(self.json_file)
+        if self.prompt is None and not self.chat:
+            raise ValueError("generate: give --prompt, or --chat to converse")
+        if self.prompt is None and (self.beams > 1 or self.json_file is not None):
+            raise ValueError("generate: a conversation goes with neither --beams nor --json")
         model = load(self.model)
+        if self.prompt is None:
+            return self._converse(model)
         prompt: Any = self.prompt
         if self.chat:
             prompt = render_chat(model.assets, [{"role": "user", "content": self.prompt}])
@@ -93,4 +101,33 @@ class Generate(Verb):
         table.add_row(
             f"{len(answer.ids)}", f"{seconds:.2f}", f"{rate:,.0f}", "yes" if answer.finished else "at the limit"
         )
+        return table
+
+    def _converse(self, model: Any) -> Any:
+        """A conversation on standard input and output, a turn per line; returns the table of turns."""
+        import jax
+        from rich.table import Table
+        from rich.text import Text
+
+        chat = model.chat()
+        table = Table(title=Text(f"conversation with {self.model}"))
+        for header in ("turn", "tokens in the cache", "seconds"):
+            table.add_column(header, justify="right")
+        for turn, line in enumerate(sys.stdin, 1):
+            if not line.strip():
+                continue
+            start = time.perf_counter()
+            chat.say(
+                line.rstrip("\n"),
+                max_new_tokens=self.max_new_tokens,
+                key=jax.random.key(self.seed + turn) if self.temperature else None,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                repetition_penalty=self.repetition_penalty,
+                stop=self.stop,
+                on_token=lambda _, __, text: (sys.stdout.write(text), sys.stdout.flush()),
+            )
+            sys.stdout.write("\n")
+            table.add_row(f"{turn}", f"{len(chat.ids)}", f"{time.perf_counter() - start:.2f}")
         return table
