@@ -24,7 +24,6 @@ HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", "seq2seq_lm", *CLAS
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 # How fields that are objects in JSON are read: a function of the object and of where it stands.
 _READERS: dict[str, Any] = {
-    "sharing": read_sharing,
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
     "formats": read_rules,
@@ -72,6 +71,8 @@ class ModelConfig:
       logit_bias: whether it adds a bias to the logits.
       decoder: the structure of the decoder that attends to these layers' output; None: there is none. Its vocabulary is
         0, since it reads this token table, and its matrices stand below "decoder/".
+      sharing: which weight set each layer uses, part by part; None: every layer owns its weights. JSON may have a name
+        in its place: "all", or {"name": "cycle", "sets": 3} (see `Sharing.named`).
 
     Raises ValueError on construction when fields contradict each other.
     """
@@ -268,6 +269,8 @@ class ModelConfig:
         values = dict(data)
         if values.get("decoder") is not None:
             values["decoder"] = cls.from_json(values["decoder"])
+        if values.get("sharing") is not None:  # a name stands for maps of so many layers
+            values["sharing"] = read_sharing(values["sharing"], "config/sharing", values["layers"])
         for name, read in _READERS.items():
             if values.get(name) is not None:
                 values[name] = read(values[name], f"config/{name}")

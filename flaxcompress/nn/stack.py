@@ -7,6 +7,7 @@ scan, a part with a single set is closed over, any other map gathers its set by 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
+from flaxcompress.nn.remat import rematerialised
 
 Record = Callable[[Any, Any], Any]
 
@@ -69,17 +71,47 @@ def segments(config: ModelConfig, layers: dict[str, Any]) -> list[Segment]:
 
 
 def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[str, Any]:
-    """The stacked parameters of all weight sets, `params["layers"]`."""
+    """The stacked parameters of all weight sets, `params["layers"]`: sets of one structure are drawn by one program."""
     x = jnp.zeros((1, 1, config.width))
     context = Context(memory=x) if config.sharing.cross_attention else Context()
-    flat: dict[str, Any] = {}
+
+    def draw(part: str, number: int, key: jax.Array) -> Any:
+        layer = Layer(config, Sets(**{part: number}), prefix, parent=None)
+        return layer.init(key, x, context)["params"][part]  # pyright: ignore[reportIndexIssue]
+
+    def shapes(part: str, number: int) -> Any:
+        return jax.eval_shape(functools.partial(draw, part, number), key)
+
+    layers: dict[str, Any] = {}
     for index, part in enumerate(PARTS):
-        for number in range(config.sharing.sets(part) if part in config.sharing.parts else 0):
-            layer = Layer(config, Sets(**{part: number}), prefix, parent=None)
-            layer_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            one = layer.init(layer_key, x, context)["params"][part]  # pyright: ignore[reportIndexIssue]
-            flat.update(tree.walk(one, f"layers/{number}/{part}"))
-    return tree.unflatten(flat)["layers"]
+        if part not in config.sharing.parts:
+            continue
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, index)))
+        runs = [
+            jax.vmap(functools.partial(draw, part, numbers[0]))(keys(jnp.arange(numbers[0], numbers[-1] + 1)))
+            for numbers in _alike(config, part, functools.partial(shapes, part), prefix)
+        ]
+        layers[part] = tree.join_runs(runs)
+    return layers
+
+
+def _alike(config: ModelConfig, part: str, shapes: Callable[[int], Any], prefix: str) -> list[list[int]]:
+    """Neighbouring weight sets of a part whose matrices have the same shapes and format rules."""
+    paths: dict[Any, list[str]] = {}
+    found: list[list[int]] = []
+    before = None
+    for number in range(config.sharing.sets(part)):
+        kind = part == "norms" and not config.first_norm and number == 0
+        if kind not in paths:
+            paths[kind] = [path for path, _ in tree.walk(shapes(number), "")]
+        at = f"{prefix}layers/{number}/{part}"
+        here = kind, [config.format_rule(f"{at}/{path}") for path in paths[kind]]
+        if here == before:
+            found[-1].append(number)
+        else:
+            found.append([number])
+        before = here
+    return found
 
 
 class Stack(nn.Module):
@@ -99,8 +131,12 @@ class Stack(nn.Module):
         need_hidden_states: bool = False,
         need_attentions: bool = False,
         record: Record | None = None,
+        remat: str = "none",
     ) -> StackOutput:
-        """Runs the layers; `record(inputs, mask)` reduces what each kernel is multiplied by (see `Linear`)."""
+        """Runs the layers; `record(inputs, mask)` reduces what each kernel is multiplied by (see `Linear`).
+
+        `remat` says what a gradient computes again instead of keeping it (see `nn/remat.py`).
+        """
         config, parts = self.config, self.config.sharing.parts
         if self.is_initializing():
             layers = init_layers(config, self.make_rng("params"), self.prefix)
@@ -112,7 +148,7 @@ class Stack(nn.Module):
         hidden, attentions, crossed, recorded = [], [], [], []
         for segment in segments(config, layers):
             need = (need_hidden_states, need_attentions, record)
-            (x, cache), outputs = self._scan(segment, layers, x, context, cache, dropout_key, *need)
+            (x, cache), outputs = self._scan(segment, layers, x, context, cache, dropout_key, remat, *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             crossed.append(outputs[2])
@@ -126,7 +162,9 @@ class Stack(nn.Module):
             cache,
         )
 
-    def _scan(self, segment, layers, x, context, cache, dropout_key, need_hidden_states, need_attentions, record):
+    def _scan(
+        self, segment, layers, x, context, cache, dropout_key, remat, need_hidden_states, need_attentions, record
+    ):
         config = self.config
         first, last, runs = segment
         module = Layer(config, config.sharing.of_layer(first), self.prefix, parent=None)
@@ -166,6 +204,7 @@ class Stack(nn.Module):
 
         indices = {part: local for part, (_, local) in picked.items()}
         steps = (jnp.arange(first, last), scanned, indices, None if alike else jnp.asarray(windows))
+        body = rematerialised(body, remat, scanned=last - first > 1)
         if last - first > 1:
             return jax.lax.scan(body, (x, cache), steps)
         one, outputs = body((x, cache), jax.tree.map(lambda leaf: leaf[0], steps))
