@@ -206,3 +206,61 @@ def test_a_named_sharing_is_stored_once_and_runs_in_pytorch(name, tmp_path):
         tmp_path / "m"
     )
     assert sum(p.numel() for p in network.parameters()) == model.parameters
+
+
+# ── widths ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_pytorch(config, folder, seed=0):
+    """A random model, saved, loaded again and compared with PyTorch; both must be equal."""
+    pytest.importorskip("transformers")
+    model = fc.Model(params=random_params(config, seed), config=config)
+    fc.save(model, folder)
+    again = fc.load(folder)
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, tree.flatten(model.params), tree.flatten(again.params))
+    assert check_folder(model, folder) <= 1e-4
+    return model
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_layers_of_different_widths(gated, tmp_path):
+    """The widths belong to the weight sets; PyTorch computes the same, and so do narrow layers padded with zeros."""
+    sharing = fc.Sharing(attention=(0, 0, 0, 0), feed_forward=(0, 1, 1, 2), norms=(0, 1, 2, 3))
+    config = BASE.replace(feed_forward_width=(5, 12, 7), sharing=sharing, gated=gated)
+    model = in_pytorch(config, tmp_path / "m")
+    flat = tree.flatten(model.params)
+    assert [flat[f"layers/{n}/feed_forward/up/kernel"].shape for n in range(3)] == [(8, 5), (8, 12), (8, 7)]
+    kernels = (2 + gated) * 8 * (5 + 12 + 7)
+    assert sum(n.size for a, n in flat.items() if "feed_forward" in a and a.endswith("kernel")) == kernels
+    padded = {}
+    for address, node in flat.items():
+        if "feed_forward/" in address and "norms" not in address:
+            axis = 0 if address.endswith("down/kernel") else node.ndim - 1
+            short = 0 if address.endswith("down/bias") else 12 - node.shape[axis]
+            node = jnp.pad(node, [(0, short if i == axis else 0) for i in range(node.ndim)])
+        padded[address] = node
+    wide = fc.Model(params=tree.unflatten(padded), config=config.replace(feed_forward_width=12))
+    got, want = model(IDS).last_hidden_state, wide(IDS).last_hidden_state
+    np.testing.assert_allclose(got, want, rtol=0, atol=64 * 4 * EPS * np.abs(want).max())
+    with pytest.raises(ValueError, match=r"stock bert layers have one feed_forward_width.*\[5, 12, 7\]"):
+        fc.export(model, tmp_path / "stock", format="torch-dense")
+
+
+def test_equal_widths_are_one_width():
+    assert BASE.replace(feed_forward_width=(12, 12, 12, 12)) == BASE
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((5, 7), "one entry for each of 4 sets, got 2"),
+        ((5,), "one entry for each of 4 sets, got 1"),
+        ((5, 7, 0, 3), "positive integer, or several"),
+        ((5, 7, 2.0, 3), "positive integer, or several"),
+        (0, "positive integer, or several, got 0"),
+    ],
+)
+def test_widths_that_make_no_sense(given, message):
+    with pytest.raises(ValueError, match=message):
+        BASE.replace(feed_forward_width=given)

@@ -45,6 +45,7 @@ class ModelConfig:
         MPNet); 0 for none.
       relative_distance: the distance from which all positions share the last bucket.
       head_activation: inside the head; None for `activation`.
+      feed_forward_width: F; a tuple has one for each weight set of the feed-forward networks.
       key_value_heads: K, heads of keys and values, each read by H/K query heads; None: H.
       head_width: d; None: D/H.
       attention_bias, output_bias, feed_forward_bias, norm_bias, head_bias: whether the projections of queries, keys and
@@ -85,7 +86,7 @@ class ModelConfig:
     heads: int  # H
     key_value_heads: int | None = None  # K
     head_width: int | None = None  # d
-    feed_forward_width: int  # F
+    feed_forward_width: int | tuple[int, ...]  # F
     positions: int = 512
     position_offset: int = 0
     segments: int = 2
@@ -132,7 +133,7 @@ class ModelConfig:
         if self.patches is not None and self.vocabulary != 0:
             raise ValueError(f"config: a model of images has no vocabulary, got {self.vocabulary}")
         decodes = self.sharing is not None and bool(self.sharing.cross_attention)
-        sizes = ("width", "layers", "heads", "feed_forward_width", "positions")
+        sizes = ("width", "layers", "heads", "positions")
         for name in sizes if self.patches is not None or decodes else ("vocabulary", *sizes):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -197,10 +198,20 @@ class ModelConfig:
             raise ValueError(f"config: pad_token {self.pad_token} lies outside the vocabulary of {self.vocabulary}")
         if self.sharing is None:
             object.__setattr__(self, "sharing", Sharing.own(self.layers))
+        self._check_feed_forward_width()
         if len(self.sharing.attention) != self.layers:
             raise ValueError(f"sharing: the maps have {len(self.sharing.attention)} entries for {self.layers} layers")
         object.__setattr__(self, "formats", tuple(self.formats))
         self._check_decoder()
+
+    def _check_feed_forward_width(self) -> None:
+        given, sets = self.feed_forward_width, self.sharing.sets("feed_forward")
+        widths = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        if not all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths):
+            raise ValueError(f"config: feed_forward_width must be a positive integer, or several, got {given!r}")
+        if not isinstance(given, int) and len(widths) != sets:
+            raise ValueError(f"config: feed_forward_width needs one entry for each of {sets} sets, got {len(widths)}")
+        object.__setattr__(self, "feed_forward_width", widths[0] if len(set(widths)) == 1 else widths)
 
     def _check_decoder(self) -> None:
         if (self.head == "seq2seq_lm") != (self.decoder is not None and self.head != "none"):
@@ -223,6 +234,11 @@ class ModelConfig:
     def groups(self) -> int:
         """K, the number of key and value heads."""
         return self.key_value_heads or self.heads
+
+    def feed_forward_width_of(self, number: int) -> int:
+        """F of a weight set."""
+        widths = self.feed_forward_width
+        return widths if isinstance(widths, int) else widths[number]
 
     @property
     def table_width(self) -> int:

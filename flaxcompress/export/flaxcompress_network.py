@@ -65,8 +65,11 @@ class Network:
             self.attention.declare(self, f"layers/{number}/attention")
         for number in sets.get("cross_attention", ()):
             self.cross_attention.declare(self, f"layers/{number}/cross_attention")
+        inner = c["feed_forward_width"]  # a list has one for each weight set
         for number in sets["feed_forward"]:
-            self._declare_feed_forward(f"layers/{number}/feed_forward")
+            self._declare_feed_forward(
+                f"layers/{number}/feed_forward", inner[number] if isinstance(inner, list) else inner
+            )
         for number in sets["norms"]:
             for name in sets:
                 if name != "norms" and (name != "attention" or c["first_norm"] or number):
@@ -87,8 +90,8 @@ class Network:
         if c["embedding_norm"]:
             self.add_norm("embedding/norm", self.narrow)
 
-    def _declare_feed_forward(self, address):
-        c, inner, bias = self.structure, self.structure["feed_forward_width"], self.structure["feed_forward_bias"]
+    def _declare_feed_forward(self, address, inner):
+        c, bias = self.structure, self.structure["feed_forward_bias"]
         for name in ("gate", "up") if c["gated"] else ("up",):
             self.add_linear(f"{address}/{name}", c["width"], inner, bias)
         self.add_linear(f"{address}/down", inner, c["width"], bias)

@@ -73,6 +73,7 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """The config without formats and sharing, and {the family's tensor name: float32 array} of a stock checkpoint."""
     flat = tree.flatten(model.params)
     family = FAMILIES[model.config.family]
+    _check_stock(model.config)
     config = model.config.replace(formats=())
     if not family.shares:
         config = config.replace(sharing=None)
@@ -87,6 +88,15 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         names[address] = where if address.startswith("head/") else where._replace(name=prefix + where.name)
     own = {a: arrays[a if family.shares else stored_address(model.config, a)] for a in names}
     return config, write_tensors(names, own)
+
+
+def _check_stock(config: ModelConfig) -> None:
+    """Raises ValueError for a structure that no stock class of the family has."""
+    if not isinstance(config.feed_forward_width, int):
+        raise ValueError(
+            f"export: stock {config.family} layers have one feed_forward_width, but this model's are "
+            f"{list(config.feed_forward_width)}; save the model instead: its folder runs in PyTorch too"
+        )
 
 
 def stored_address(config: ModelConfig, address: str) -> str:

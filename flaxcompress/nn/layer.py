@@ -45,7 +45,7 @@ class Layer(nn.Module):
         self.attention = attention_kind(config)(config, at["attention"])
         if config.sharing.cross_attention:
             self.cross_attention = CrossAttention(config, at["cross_attention"])
-        self.feed_forward = FeedForward(config, at["feed_forward"])
+        self.feed_forward = FeedForward(config, at["feed_forward"], config.feed_forward_width_of(sets.feed_forward))
         sublayers = tuple(part for part in config.sharing.parts if part != "norms")
         self.norms = Norms(config, sublayers, sets.norms, self.prefix)
         self.drop = nn.Dropout(config.dropout)

@@ -101,7 +101,8 @@ def _alike(config: ModelConfig, part: str, shapes: Callable[[int], Any], prefix:
     found: list[list[int]] = []
     before = None
     for number in range(config.sharing.sets(part)):
-        kind = part == "norms" and not config.first_norm and number == 0
+        kind: Any = part == "norms" and not config.first_norm and number == 0
+        kind = config.feed_forward_width_of(number) if part == "feed_forward" else kind
         if kind not in paths:
             paths[kind] = [path for path, _ in tree.walk(shapes(number), "")]
         at = f"{prefix}layers/{number}/{part}"
