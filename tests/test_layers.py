@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from importlib import import_module
 
 import jax
@@ -14,8 +15,10 @@ from safetensors.numpy import load_file
 import flaxcompress as fc
 from flaxcompress import tree
 from flaxcompress.export.torch import check_folder
+from flaxcompress.formats import parse_spec
 from flaxcompress.model import abstract_flat, init_params
 from flaxcompress.nn import Stack, run
+from flaxcompress.nn.initializer import kernel_initializer
 from flaxcompress.nn.stack import init_layers
 
 EPS = float(np.finfo(np.float32).eps)
@@ -264,3 +267,261 @@ def test_equal_widths_are_one_width():
 def test_widths_that_make_no_sense(given, message):
     with pytest.raises(ValueError, match=message):
         BASE.replace(feed_forward_width=given)
+
+
+# ── add and norm ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CROSSING = fc.Sharing.own(4, cross_attention=True)
+PLACES = {
+    "post": {},
+    "post-scaled": {"residual_scale": 1.7},
+    "pre": {"norm_place": "pre", "final_norm": True},
+    "pre-first": {"norm_place": "pre", "first_norm": False},
+    "pre-scaled": {"norm_place": "pre", "residual_scale": 0.6},
+    "sandwich": {"norm_place": "sandwich", "norm": "rms"},
+    "sandwich-shared-norms": {"norm_place": "sandwich", "sharing": fc.Sharing.named("all", layers=4)},
+    "one-norm": {"norm_place": "pre", "parallel": "one_norm"},
+    "two-norms": {"norm_place": "pre", "parallel": "two_norms"},
+    "sandwich-one-norm": {"norm_place": "sandwich", "parallel": "one_norm"},
+    "deepnorm": None,
+}
+
+
+def place_config(name):
+    return BASE.with_deepnorm() if PLACES[name] is None else BASE.replace(**PLACES[name])
+
+
+def plain_layers(config, flat, x):
+    """The layers one after the other, in float64: attention and feed-forward of the plain kind, norms by formula."""
+    w = {a: np.asarray(node, np.float64) for a, node in flat.items()}
+
+    def norm(x, at):
+        if f"{at}/scale" not in w:
+            return x
+        centred = x if config.norm == "rms" else x - x.mean(-1, keepdims=True)
+        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + config.norm_epsilon) * w[f"{at}/scale"]
+        return y + w.get(f"{at}/bias", 0)
+
+    def linear(x, at):
+        return x @ w[f"{at}/kernel"] + w[f"{at}/bias"]
+
+    def attention(x, at):
+        q, k, v = (linear(x, f"{at}/{n}").reshape(*x.shape[:2], 2, 4) for n in ("query", "key", "value"))
+        scores = np.exp(np.einsum("bthd,bshd->bhts", q, k) / 2)
+        y = np.einsum("bhts,bshd->bthd", scores / scores.sum(-1, keepdims=True), v)
+        return linear(y.reshape(x.shape), f"{at}/output")
+
+    def feed_forward(x, at):
+        y = linear(x, f"{at}/up")
+        return linear(0.5 * y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))), f"{at}/down")
+
+    for layer in range(config.layers):
+        at = {part: f"layers/{getattr(config.sharing, part)[layer]}/{part}" for part in config.sharing.parts}
+        alpha, norms = config.residual_scale, at["norms"]
+        a = lambda x: attention(x, at["attention"])  # noqa: B023, E731
+        f = lambda x: feed_forward(x, at["feed_forward"])  # noqa: B023, E731
+        n_a, n_f = f"{norms}/attention", f"{norms}/feed_forward"
+        if config.parallel != "none":
+            y_a, y_f = a(norm(x, n_a)), f(norm(x, n_a if config.parallel == "one_norm" else n_f))
+            if config.norm_place == "sandwich":
+                y_a, y_f = norm(y_a, f"{n_a}_after"), norm(y_f, f"{n_f}_after")
+            x = alpha * x + y_a + y_f
+        elif config.norm_place == "post":
+            x = norm(alpha * x + a(x), n_a)
+            x = norm(alpha * x + f(x), n_f)
+        else:
+            after = (lambda y, at: norm(y, f"{at}_after")) if config.norm_place == "sandwich" else (lambda y, at: y)
+            x = alpha * x + after(a(norm(x, n_a)), n_a)
+            x = alpha * x + after(f(norm(x, n_f)), n_f)
+    return x
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_of_norms_equal_their_formulas_and_pytorch(name, tmp_path):
+    config = place_config(name).replace(norm_epsilon=1e-6)
+    model = in_pytorch(config, tmp_path / "m")
+    x = np.random.default_rng(2).normal(size=(2, 5, 8)).astype(np.float32)
+    got = jax.jit(lambda layers, x: Stack(config).apply({"params": layers}, x).x)(model.params["layers"], x)
+    want = plain_layers(config, tree.flatten(model.params), x.astype(np.float64))
+    np.testing.assert_allclose(got, want, rtol=0, atol=256 * config.layers * EPS * np.abs(want).max())
+    for other in PLACES:
+        if other != name:
+            assert place_config(other) != config
+    back = fc.ModelConfig.from_json(config.to_json())
+    assert back == config
+
+
+def test_a_decoder_in_a_sandwich_norms_every_sublayer_twice():
+    decoder = BASE.replace(vocabulary=0, pooler=False, causal=True, norm_place="sandwich", sharing=CROSSING)
+    names = {a.split("/", 3)[-1] for a in abstract_flat(BASE.replace(decoder=decoder)) if "decoder/layers/0/norms" in a}
+    parts = ("attention", "cross_attention", "feed_forward")
+    assert names == {f"norms/{p}{end}/{leaf}" for p in parts for end in ("", "_after") for leaf in ("scale", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_place": "sandwhich"}, "unknown norm_place 'sandwhich'.*did you mean 'sandwich'"),
+        ({"parallel": "one_norms"}, "unknown parallel 'one_norms'.*did you mean 'one_norm'"),
+        ({"parallel": "one_norm"}, "'one_norm' needs norms before sublayers"),
+        ({"parallel": "two_norms", "norm_place": "pre", "sharing": CROSSING}, "and a map of cross_attention"),
+        ({"residual_scale": 0.0}, "residual_scale must be positive"),
+        ({"layer_dropout": 1.0}, r"layer_dropout must lie in \[0, 1\)"),
+        ({"initializer": "xaver"}, "unknown initializer 'xaver'.*did you mean 'xavier'"),
+        ({"initializer_gain": -1.0}, "initializer_gain must be positive"),
+    ],
+)
+def test_additions_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        BASE.replace(**change)
+
+
+@pytest.mark.parametrize("name", ["pre", "sandwich", "deepnorm"])
+def test_stock_layers_cannot_say_other_places(name, tmp_path):
+    pytest.importorskip("transformers")
+    model = fc.Model(params=random_params(place_config(name)), config=place_config(name))
+    with pytest.raises(ValueError, match=r"stock bert layers have (norm_place 'post'|residual_scale 1.0), not"):
+        fc.export(model, tmp_path / "stock", format="torch-dense")
+
+
+def test_deepnorm_constants_are_those_of_the_paper():
+    """Wang et al. 2022, figure 2; with 18 layers on both sides, as in the paper's translation models."""
+    alone = BASE.replace(layers=100, sharing=None).with_deepnorm()
+    assert alone.residual_scale == pytest.approx(200**0.25) and alone.initializer_gain == pytest.approx(800**-0.25)
+    sharing = fc.Sharing.own(18, cross_attention=True)
+    decoder = BASE.replace(layers=18, vocabulary=0, pooler=False, causal=True, sharing=sharing)
+    pair = BASE.replace(layers=18, sharing=None, decoder=decoder).with_deepnorm()
+    assert pair.residual_scale == pytest.approx(0.81 * 18 ** (5 / 16))
+    assert pair.initializer_gain == pytest.approx(0.87 * 18 ** (-5 / 16))
+    assert pair.decoder is not None
+    assert pair.decoder.residual_scale == pytest.approx(54**0.25)
+    assert pair.decoder.initializer_gain == pytest.approx(216**-0.25)
+    assert fc.ModelConfig.from_json(pair.to_json()) == pair
+
+
+# ── stochastic depth ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_layers_are_dropped_example_by_example():
+    """An example that loses both sublayers passes unchanged; what is kept is divided by its probability."""
+    config = BASE.replace(norm_place="pre", layer_dropout=0.6, layers=3, sharing=None)
+    layers = random_params(config)["layers"]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(400, 3, 8)), jnp.float32)
+
+    @jax.jit
+    def run_stack(key):
+        options = {"deterministic": False, "rngs": {"dropout": key}, "need_hidden_states": True}
+        out = Stack(config).apply({"params": layers}, x, **options)
+        return jnp.concatenate([out.hidden_states, out.x[None]])
+
+    states = np.asarray(run_stack(jax.random.key(0)))
+    for layer, rate in enumerate((0.2, 0.4, 0.6)):  # linear in depth, the last layer's being the config's
+        same = (states[layer] == states[layer + 1]).all((1, 2)).mean()
+        want = rate**2  # attention and feed-forward are drawn apart
+        assert abs(same - want) < 5 * math.sqrt(want * (1 - want) / 400)
+    np.testing.assert_array_equal(states, run_stack(jax.random.key(0)))
+    assert not np.array_equal(states, run_stack(jax.random.key(1)))
+
+
+def test_the_expectation_of_a_dropped_layer_is_the_layer():
+    """Of one parallel layer, where the expectation passes no nonlinearity after the draw; none without training."""
+    config = BASE.replace(layers=1, norm_place="pre", parallel="one_norm", layer_dropout=0.3, sharing=None)
+    layers = random_params(config)["layers"]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 8)), jnp.float32)
+    many = jnp.broadcast_to(x, (4000, 3, 8))
+    plain = jax.jit(lambda x: Stack(config).apply({"params": layers}, x).x)
+    options = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
+    dropped = np.asarray(jax.jit(lambda x: Stack(config).apply({"params": layers}, x, **options).x)(many))
+    without = jax.jit(lambda x: Stack(config.replace(layer_dropout=0.0)).apply({"params": layers}, x).x)
+    np.testing.assert_array_equal(plain(x), without(x))
+    error = np.abs(dropped.mean(0) - plain(x)[0])
+    assert (error <= 5 * dropped.std(0) / math.sqrt(len(dropped)) + 1e-5).all()
+    assert dropped.std(0).max() > 0.1
+
+
+def test_pytorch_drops_layers_while_training(tmp_path):
+    torch = pytest.importorskip("torch")
+    config = BASE.replace(norm_place="pre", layer_dropout=0.6, layers=3, sharing=None)
+    in_pytorch(config, tmp_path / "m")
+    kind = import_module("flaxcompress.export.modeling_flaxcompress").FlaxCompressModel
+    network = kind.from_pretrained(tmp_path / "m").train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ids = torch.tensor(IDS[:1]).expand(400, -1)
+        states = network(ids, output_hidden_states=True).hidden_states
+    for layer, want in enumerate((0.04, 0.16, 0.36)):
+        same = (states[layer] == states[layer + 1]).all(-1).all(-1).float().mean().item()
+        assert abs(same - want) < 5 * math.sqrt(want * (1 - want) / 400)
+
+
+# ── initialisers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WIDE = BASE.replace(vocabulary=500, width=64, feed_forward_width=200, heads=4, initializer_range=0.05, segments=2)
+
+
+def xavier(n, m):
+    return math.sqrt(2 / (n + m))
+
+
+@pytest.mark.parametrize("kind", ["normal", "truncated_normal", "xavier", "deepnorm"])
+def test_deviations_of_initialisers(kind):
+    """Of a sample of n values, a normal one's deviation is off by σ/√(2n); the mean by σ/√n."""
+    config = WIDE.replace(initializer=kind, initializer_gain=0.3, layers=2, sharing=None)
+    flat = tree.flatten(jax.jit(init_params.__wrapped__, static_argnums=0)(config, jax.random.key(0, impl="rbg")))
+    for address, node in flat.items():
+        if node.ndim < 2:
+            np.testing.assert_array_equal(node, address.endswith("scale"))
+            continue
+        want = 0.05
+        if address.endswith("kernel") and kind in ("xavier", "deepnorm"):
+            scaled = kind == "deepnorm" and address.startswith("layers") and "query" not in address
+            want = xavier(*node.shape) * (0.3 if scaled and "key" not in address.split("/")[-2] else 1)
+        assert abs(node.std() - want) < 5 * want / math.sqrt(2 * node.size), address
+        assert abs(node.mean()) < 5 * want / math.sqrt(node.size), address
+        largest = 2 * want / 0.8796 if kind == "truncated_normal" else 6 * want
+        assert np.abs(node).max() <= largest, address
+
+
+def test_fans_are_those_of_the_whole_matrix():
+    """However a matrix is stored, its entries have the deviation asked for."""
+    n, m, rank = 300, 200, 16
+    draw = kernel_initializer(WIDE.replace(initializer="xavier"), "layers/0/feed_forward/up", n, m)
+    node = parse_spec({"kind": "low_rank", "rank": rank}).init(jax.random.key(0), (n, m), draw, table=False)
+    # The entries of a product of rank R are not independent: they hold as much as R·min(n, m) values do.
+    assert abs(np.std(node.materialize()) - xavier(n, m)) < 5 * xavier(n, m) / math.sqrt(rank * min(n, m))
+
+
+def activations(config, layers=96):
+    """What goes into each layer and what comes out of the last, in [L + 1, tokens, D], from the layers' own start."""
+    config = config.replace(width=64, heads=4, feed_forward_width=256, layers=layers, sharing=None)
+    config = config.with_deepnorm() if config.initializer == "deepnorm" else config
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 64)), jnp.float32)
+
+    @jax.jit
+    def states(key):
+        out = Stack(config).apply({"params": init_layers(config, key)}, x, need_hidden_states=True)
+        return jnp.concatenate([out.hidden_states, out.x[None]]).reshape(layers + 1, -1, 64)
+
+    return np.asarray(states(jax.random.key(0, impl="rbg")), np.float64)
+
+
+@pytest.mark.slow
+def test_variance_through_96_layers():
+    """Before any training, as theory has it, N layers being 2N sublayers.
+
+    Norms before sublayers: each adds the same variance to the stream, so the variance grows linearly (Xiong et al.
+    2020, lemma 2). Norms after: it is 1. There a sublayer moves the stream, relative to it, by f(x)/αx, whose square is
+    β⁴v/α² with v the variance of f without β. Without constants the squares add up to 2N·v; with DeepNorm's, α² = √(2N)
+    and β⁴ = 1/(8N), to v/(4√(2N)): bounded, and half as much at four times the depth.
+    """
+    pre = activations(BASE.replace(norm_place="pre", initializer="xavier")).var(-1).mean(-1)
+    slope, start = np.polyfit(np.arange(97), pre, 1)
+    assert slope > 0 and np.abs(pre - (start + slope * np.arange(97))).max() < 0.1 * pre[-1]
+
+    def moved(kind, layers):
+        states = activations(BASE.replace(initializer=kind), layers)[1:]
+        np.testing.assert_allclose(states.var(-1), 1, rtol=1e-3)
+        return np.square(np.diff(states, axis=0)).mean((1, 2)).sum()
+
+    deep, plain = ([moved(kind, layers) for layers in (24, 96)] for kind in ("deepnorm", "xavier"))
+    assert 0.35 < deep[1] / deep[0] < 0.7 and 3 < plain[1] / plain[0] < 5.5

@@ -5,13 +5,14 @@ from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConf
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
-from flaxcompress.config.sharing import PARTS, Sets, Sharing
+from flaxcompress.config.sharing import PARTS, SUBLAYERS, Sets, Sharing
 
 __all__ = [
     "ACTIVATIONS",
     "CLASSIFIERS",
     "HEADS",
     "PARTS",
+    "SUBLAYERS",
     "FormatRule",
     "ModelConfig",
     "Patches",

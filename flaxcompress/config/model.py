@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flaxcompress.config.deepnorm import DeepNorm, deepnorm, deepnorm_decoder, deepnorm_encoder
 from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.part import part_reader
@@ -16,7 +17,9 @@ from flaxcompress.config.sharing import Sharing, read_sharing
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORMS = ("layer", "rms")
-NORM_PLACES = ("post", "pre")
+NORM_PLACES = ("post", "pre", "sandwich")
+PARALLEL = ("none", "one_norm", "two_norms")
+INITIALIZERS = ("normal", "truncated_normal", "xavier", "deepnorm")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
 CLASSIFIERS = ("sequence_classification", "token_classification", "span")
 HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", "seq2seq_lm", *CLASSIFIERS)
@@ -40,6 +43,9 @@ class ModelConfig:
       positions: the longest sequence.
       position_offset: the row of the first position in the position table. Above 0, positions count tokens other than
         `pad_token`, and padding reads the row before (RoBERTa).
+      initializer: how kernels are drawn: "normal" or "truncated_normal" (at two deviations) of deviation
+        `initializer_range`, as tables always are; "xavier" by their fans; or "deepnorm", Xavier's times
+        `initializer_gain`, β, for all kernels in layers but those of queries and keys (see `with_deepnorm`).
       segments: rows of the segment table; 0 for none.
       relative_buckets: rows of a relative position bias that all layers share, [buckets, H] (T5, Raffel et al. 2020;
         MPNet); 0 for none.
@@ -64,7 +70,12 @@ class ModelConfig:
       embedding_norm: the embeddings are normalised.
       gated: the feed-forward is down(activation(gate(x)) * up(x)) (Shazeer 2020).
       norm: "layer" or "rms" (Zhang & Sennrich 2019).
-      norm_place: "post", norm(x + f(x)), or "pre", x + f(norm(x)).
+      norm_place: "post", norm(x + f(x)); "pre", x + f(norm(x)); or "sandwich", x + norm(f(norm(x))) (CogView, Gemma 2).
+      residual_scale: α, by which x is multiplied where f(x) is added to it (see `with_deepnorm`).
+      parallel: "none"; or attention and feed-forward read the same x and are added together, after "one_norm" that they
+        share (GPT-J, PaLM) or "two_norms" (GPT-NeoX). Norms then stand before sublayers.
+      layer_dropout: while training, what the last layer's sublayers add is left out with this probability, example by
+        example; that of earlier layers with one that grows linearly with depth (Huang et al. 2016).
       first_norm: whether the first layer's attention has a norm before it, where norms come before.
       final_norm: whether the last layer's output is normalised.
       tied: whether a language-modelling head reads the token table, or has a kernel of its own.
@@ -96,7 +107,9 @@ class ModelConfig:
     norm_epsilon: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    initializer: str = "normal"
     initializer_range: float = 0.02
+    initializer_gain: float = 1.0
     pad_token: int = 0
     pooler: bool = True
     head: str = "none"
@@ -118,6 +131,9 @@ class ModelConfig:
     gated: bool = False
     norm: str = "layer"
     norm_place: str = "post"
+    residual_scale: float = 1.0
+    parallel: str = "none"
+    layer_dropout: float = 0.0
     first_norm: bool = True
     final_norm: bool = False
     tied: bool = True
@@ -168,6 +184,8 @@ class ModelConfig:
         for name, known in (
             ("norm", NORMS),
             ("norm_place", NORM_PLACES),
+            ("parallel", PARALLEL),
+            ("initializer", INITIALIZERS),
             ("position_embedding", POSITION_EMBEDDINGS),
         ):
             if getattr(self, name) not in known:
@@ -182,6 +200,14 @@ class ModelConfig:
             raise ValueError(f"config: window {self.window} with {sum(local)} local layers: give both or none")
         if not self.first_norm and self.norm_place != "pre":
             raise ValueError("config: first_norm=False makes sense with norm_place='pre' only")
+        if self.parallel != "none" and (decodes or self.norm_place == "post"):
+            raise ValueError(
+                f"config: parallel {self.parallel!r} needs norms before sublayers and no attention to an encoder, got "
+                f"norm_place {self.norm_place!r}{' and a map of cross_attention' if decodes else ''}"
+            )
+        for name in ("residual_scale", "initializer_gain"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"config: {name} must be positive, got {getattr(self, name)}")
         for name in (self.activation, self.head_activation or self.activation):
             if name not in ACTIVATIONS:
                 raise ValueError(f"config: unknown activation {name!r}; {closest(name, ACTIVATIONS)}")
@@ -189,7 +215,7 @@ class ModelConfig:
             raise ValueError(f"config: unknown head {self.head!r}; {closest(self.head, HEADS)}")
         if not self.norm_epsilon > 0:
             raise ValueError(f"config: norm_epsilon must be positive, got {self.norm_epsilon}")
-        for name in ("dropout", "attention_dropout"):
+        for name in ("dropout", "attention_dropout", "layer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
         if self.head in CLASSIFIERS and not self.classes:
@@ -250,6 +276,18 @@ class ModelConfig:
         if len(set(self.local)) == 1 and "local" not in changes:  # all layers alike, whatever their number
             changes["local"] = None
         return dataclasses.replace(self, **changes)
+
+    def with_deepnorm(self) -> ModelConfig:
+        """A copy whose layers, and whose decoder's, have DeepNorm's residuals and initialiser (Wang et al. 2022)."""
+
+        def changed(config: ModelConfig, constants: DeepNorm, **more: Any) -> ModelConfig:
+            scales = {"residual_scale": constants.alpha, "initializer_gain": constants.beta}
+            return config.replace(norm_place="post", first_norm=True, initializer="deepnorm", **scales, **more)
+
+        if (decoder := self.decoder) is None:
+            return changed(self, deepnorm(self.layers))
+        decoder = changed(decoder, deepnorm_decoder(decoder.layers))
+        return changed(self, deepnorm_encoder(self.layers, decoder.layers), decoder=decoder)
 
     def with_format(self, address: str, spec: Mapping[str, Any]) -> ModelConfig:
         """Puts a rule for exactly `address` first, in place of an earlier exact one."""

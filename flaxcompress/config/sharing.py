@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from flaxcompress.config.named_sharing import named_maps
 from flaxcompress.config.names import reject_unknown
 
-PARTS = ("attention", "cross_attention", "feed_forward", "norms")
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+PARTS = (*SUBLAYERS, "norms")
 _ALWAYS = ("attention", "feed_forward", "norms")
 _NAMED = ("name", "sets", "norms", "cross_attention")
 

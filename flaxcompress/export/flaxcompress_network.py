@@ -71,13 +71,21 @@ class Network:
                 f"layers/{number}/feed_forward", inner[number] if isinstance(inner, list) else inner
             )
         for number in sets["norms"]:
-            for name in sets:
-                if name != "norms" and (name != "attention" or c["first_norm"] or number):
-                    self.add_norm(f"layers/{number}/norms/{name}", width)
+            for name in self.norm_names(number):
+                self.add_norm(f"layers/{number}/norms/{name}", width)
         if c["final_norm"]:
             self.add_norm("final_norm", width)
         if c["pooler"]:
             self.add_linear("pooler/dense", width, width)
+
+    def norm_names(self, number):
+        """The norms of a weight set: one per sublayer, two in a sandwich, one for all where parallel ones share it."""
+        c = self.structure
+        sublayers = [name for name in ("attention", "cross_attention", "feed_forward") if name in c["sharing"]]
+        names = sublayers[:1] if c["parallel"] == "one_norm" else list(sublayers)
+        if not c["first_norm"] and number == 0:
+            names.remove("attention")
+        return names + [f"{name}_after" for name in sublayers if c["norm_place"] == "sandwich"]
 
     def _declare_tables(self):
         c = self.structure
@@ -284,8 +292,9 @@ class Network:
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
             local = c["local"][layer]
             kept = None if past is None else (past, layer)
+            rate = c["layer_dropout"] * (layer + 1) / c["layers"]
             x, *probabilities = self.layer(
-                x, at, seen._replace(mask=masks[local], turn=turns[local], past=kept), need_attentions
+                x, at, seen._replace(mask=masks[local], turn=turns[local], past=kept), need_attentions, rate
             )
             states.append(x)
             attentions.append(probabilities[0])
@@ -300,26 +309,36 @@ class Network:
             tuple(crossed) if need_attentions and "cross_attention" in c["sharing"] else None,
         )
 
-    def layer(self, x, at, seen, need_attentions):
+    def layer(self, x, at, seen, need_attentions, rate):
         """One layer: its output and, when asked for, its probabilities on tokens and on the encoder's."""
-        x, probabilities = self.residual(
-            x, f"{at['norms']}/attention", lambda x: self.attention(self, x, at["attention"], seen, need_attentions)
-        )
-        crossed = None
+        norms, parallel = at["norms"], self.structure["parallel"] != "none"
+        attend = lambda x: self.attention(self, x, at["attention"], seen, need_attentions)  # noqa: E731
+        feed = lambda x: (self.feed_forward(x, at["feed_forward"]), None)  # noqa: E731
+        together = {"attention": attend, "feed_forward": feed} if parallel else {"attention": attend}
+        x, other = self.residual(x, norms, together, rate)
+        crossed = {}
         if "cross_attention" in at:
             attend = lambda x: self.cross_attention(self, x, at["cross_attention"], seen, need_attentions)  # noqa: E731
-            x, crossed = self.residual(x, f"{at['norms']}/cross_attention", attend)
-        feed = lambda x: (self.feed_forward(x, at["feed_forward"]), None)  # noqa: E731
-        x, _ = self.residual(x, f"{at['norms']}/feed_forward", feed)
-        return x, probabilities, crossed
+            x, crossed = self.residual(x, norms, {"cross_attention": attend}, rate)
+        if not parallel:
+            x, _ = self.residual(x, norms, {"feed_forward": feed}, rate)
+        return x, other["attention"], crossed.get("cross_attention")
 
-    def residual(self, x, norm, sublayer):
-        """x with what a sublayer makes of it added, normalised before or after."""
-        if self.structure["norm_place"] == "pre":
-            y, other = sublayer(self.norm(x, norm) if self.has(f"{norm}/scale") else x)
-            return x + self.drop(y), other
-        y, other = sublayer(x)
-        return self.norm(x + self.drop(y), norm), other
+    def residual(self, x, norms, sublayers, rate):
+        """x with what sublayers make of it added, normalised before, after, or both; and what else they returned.
+
+        While training, an example does with probability `rate` without what one adds.
+        """
+        c, other = self.structure, {}
+        before, total = c["norm_place"] != "post", x * c["residual_scale"]
+        for name, sublayer in sublayers.items():
+            norm = f"{norms}/{'attention' if c['parallel'] == 'one_norm' else name}"
+            y, other[name] = sublayer(self.norm(x, norm) if before and self.has(f"{norm}/scale") else x)
+            y = self.norm(self.drop(y), f"{norms}/{name}_after") if c["norm_place"] == "sandwich" else self.drop(y)
+            if self.root.training and rate:
+                y = y * (torch.rand(len(y), 1, 1, device=y.device) >= rate) / (1 - rate)
+            total = total + y
+        return total if before else self.norm(total, f"{norms}/{next(iter(sublayers))}"), other
 
     def feed_forward(self, x, address):
         """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""

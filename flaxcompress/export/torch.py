@@ -25,6 +25,7 @@ from flaxcompress.model import Model
 from flaxcompress.nn import run
 from flaxcompress.text import Assets, Pooling, pad_ids, sentence_transformers_files, tokenizer_config_file
 
+_LAYER_FIELDS = ("norm_place", "residual_scale", "parallel")  # how sublayers are added up; other families differ in it
 FLOAT_TOLERANCE = 1e-4
 INTEGER_TOLERANCE = 2e-3
 SENTENCES = (
@@ -92,11 +93,17 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
 
 def _check_stock(config: ModelConfig) -> None:
     """Raises ValueError for a structure that no stock class of the family has."""
+    hint = "save the model instead: its folder runs in PyTorch too"
     if not isinstance(config.feed_forward_width, int):
         raise ValueError(
             f"export: stock {config.family} layers have one feed_forward_width, but this model's are "
-            f"{list(config.feed_forward_width)}; save the model instead: its folder runs in PyTorch too"
+            f"{list(config.feed_forward_width)}; {hint}"
         )
+    family = FAMILIES[config.family]
+    stock = family.read_config(family.write_config(config))
+    for name in _LAYER_FIELDS:
+        if (value := getattr(config, name)) != (own := getattr(stock, name)):
+            raise ValueError(f"export: stock {config.family} layers have {name} {own!r}, not {value!r}; {hint}")
 
 
 def stored_address(config: ModelConfig, address: str) -> str:

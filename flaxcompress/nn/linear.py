@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
+from flaxcompress.nn.initializer import kernel_initializer
 
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
 
@@ -45,7 +46,7 @@ class Linear(nn.Module):
 
     def setup(self):
         spec = spec_for(self.config, f"{self.address}/kernel")
-        initializer = nn.initializers.normal(self.config.initializer_range)
+        initializer = kernel_initializer(self.config, self.address, self.in_features, self.features)
         shape = (self.in_features, self.features)
         self.kernel = weight(self, "kernel", lambda key: spec.init(key, shape, initializer, table=False))
         zeros = vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init())

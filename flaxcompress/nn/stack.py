@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig, Sets
+from flaxcompress.nn.add_norm import norm_names
 from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
@@ -97,12 +98,13 @@ def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[s
 
 def _alike(config: ModelConfig, part: str, shapes: Callable[[int], Any], prefix: str) -> list[list[int]]:
     """Neighbouring weight sets of a part whose matrices have the same shapes and format rules."""
+    structures = {"feed_forward": config.feed_forward_width_of, "norms": lambda n: tuple(norm_names(config, n))}
+    structure = structures.get(part, lambda _: None)
     paths: dict[Any, list[str]] = {}
     found: list[list[int]] = []
     before = None
     for number in range(config.sharing.sets(part)):
-        kind: Any = part == "norms" and not config.first_norm and number == 0
-        kind = config.feed_forward_width_of(number) if part == "feed_forward" else kind
+        kind = structure(number)
         if kind not in paths:
             paths[kind] = [path for path, _ in tree.walk(shapes(number), "")]
         at = f"{prefix}layers/{number}/{part}"
@@ -187,6 +189,7 @@ class Stack(nn.Module):
             params = {**closed, **slices}
             for part, (run, _) in picked.items():
                 params[part] = jax.tree.map(lambda leaf, i=indices[part]: leaf[i], run)
+            drops = config.layer_dropout if dropout_key is not None else 0.0
             rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, number)}
             out, recorded = module.apply(
                 {"params": params},
@@ -195,6 +198,7 @@ class Stack(nn.Module):
                 cache=None if cache is None else LayerCache(cache, number),
                 deterministic=dropout_key is None,
                 need_probabilities=need_attentions,
+                drop_rate=drops * (number + 1) / config.layers if drops else None,
                 rngs=rngs,
                 mutable=[INPUTS] if record is not None else [],
             )
