@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import math
 from importlib import import_module
 
@@ -14,8 +16,10 @@ from safetensors.numpy import load_file
 
 import flaxcompress as fc
 from flaxcompress import tree
+from flaxcompress.compress.walk import LayerWalk
+from flaxcompress.export.merge import merge_deltas
 from flaxcompress.export.torch import check_folder
-from flaxcompress.formats import parse_spec
+from flaxcompress.formats import materialize, parse_spec
 from flaxcompress.model import abstract_flat, init_params
 from flaxcompress.nn import Stack, run
 from flaxcompress.nn.initializer import kernel_initializer
@@ -35,7 +39,12 @@ def abstract_params(config):
 def random_params(config, seed=0, size=0.4):
     """Random values everywhere: zero biases and norms of one hide mistakes."""
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * size, leaf.dtype)  # noqa: E731
+
+    def draw(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        values = rng.normal(size=leaf.shape) * size if floating else rng.integers(-99, 99, leaf.shape)
+        return jnp.asarray(values, leaf.dtype)
+
     return tree.unflatten(jax.tree.map(draw, abstract_flat(config)))
 
 
@@ -525,3 +534,170 @@ def test_variance_through_96_layers():
 
     deep, plain = ([moved(kind, layers) for layers in (24, 96)] for kind in ("deepnorm", "xavier"))
     assert 0.35 < deep[1] / deep[0] < 0.7 and 3 < plain[1] / plain[0] < 5.5
+
+
+# ── low-rank deltas ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+TIED = BASE.replace(sharing=fc.Sharing.named("all", layers=4, norms="own"))
+ADAPTED = {
+    "all-targets": TIED.replace(deltas=fc.Deltas(rank=2, alpha=3.0)),
+    "queries": TIED.replace(deltas=fc.Deltas(rank=1, targets=("attention/query", "feed_forward/down"))),
+    "gated-cycle": BASE.replace(
+        gated=True,
+        sharing=fc.Sharing.named("cycle", layers=4, sets=2),
+        deltas=fc.Deltas(rank=2, targets=("attention/(key|value)", "feed_forward/.*")),
+    ),
+    "shared-deltas": BASE.replace(
+        sharing=fc.Sharing(attention=(0, 0, 0, 0), feed_forward=(0, 1, 2, 3), norms=(0, 0, 0, 0), deltas=(0, 1, 0, 1)),
+        deltas=fc.Deltas(rank=2),
+    ),
+    "formats": TIED.replace(deltas=fc.Deltas(rank=3))
+    .with_rule("layers/0/(attention|feed_forward)/.*/kernel", {"kind": "quantized", "bits": 8})
+    .with_rule("layers/2/deltas/.*", {"kind": "dense", "dtype": "float16"}),
+}
+
+
+def test_deltas_change_nothing_at_first():
+    config = ADAPTED["all-targets"]
+    draw = jax.jit(init_layers, static_argnums=0)
+    layers = draw(config, jax.random.key(0, impl="rbg"))
+    ups = [n for a, n in tree.flatten({"layers": layers}).items() if a.endswith("/up")]
+    downs = [n for a, n in tree.flatten({"layers": layers}).items() if a.endswith("/down")]
+    assert len(ups) == len(downs) == 4 * 6
+    assert all((np.asarray(n) == 0).all() for n in ups) and all(np.abs(n).min() > 0 for n in downs)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 8)), jnp.float32)
+    run_stack = lambda config, layers: jax.jit(Stack(config).apply)({"params": layers}, x).x  # noqa: E731
+    without = {part: runs for part, runs in layers.items() if part != "deltas"}
+    np.testing.assert_array_equal(run_stack(config, layers), run_stack(TIED, without))
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_deltas_equal_layers_of_their_own_and_pytorch(name, tmp_path):
+    """Base and delta multiplied out, layer by layer, compute the same without any; a stock BERT too."""
+    pytest.importorskip("transformers")
+    config = ADAPTED[name]
+    model = fc.Model(params=random_params(config), config=config)
+    assert fc.ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    fc.save(model, tmp_path / "m")
+    again = fc.load(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, tree.flatten(model.params), tree.flatten(again.params))
+    assert check_folder(again, tmp_path / "m") <= (2e-3 if name == "formats" else 1e-4)
+    merged = merge_deltas(model)
+    assert merged.config.deltas is None and not any("deltas" in a for a in tree.flatten(merged.params))
+    assert tree.signature(merged.params) == tree.signature(abstract_params(merged.config))
+    flat, plain = tree.flatten(model.params), tree.flatten(merged.params)
+    for layer in range(4):  # the sum, from the addresses alone
+        at = {part: f"layers/{getattr(config.sharing, part)[layer]}/{part}" for part in config.sharing.parts}
+        base = np.asarray(materialize(flat[f"{at['feed_forward']}/down/kernel"]), np.float64)
+        down, up = (np.asarray(flat[f"{at['deltas']}/feed_forward/down/{side}"], np.float64) for side in ("down", "up"))
+        want = base + config.deltas.scale * down @ up
+        got = materialize(plain[f"layers/{layer}/feed_forward/down/kernel"])
+        np.testing.assert_allclose(got, want, rtol=0, atol=16 * EPS * np.abs(want).max())
+    got, want = model(IDS).last_hidden_state, merged(IDS).last_hidden_state
+    np.testing.assert_allclose(got, want, rtol=0, atol=256 * 4 * EPS * np.abs(want).max())
+    if not config.gated:
+        assert check_folder(model, fc.export(model, tmp_path / "stock", format="torch-dense")) <= 2e-3
+
+
+def test_gradients_reach_base_and_deltas():
+    """The gradient of a shared base is the sum over layers of those of the merged weights; a delta's is its layer's."""
+    config = ADAPTED["all-targets"]
+    params = tree.update(random_params(config), lambda a, node: node + 1 if a.endswith("scale") else node)
+    model = fc.Model(params=params, config=config)
+    merged, c = merge_deltas(model), np.random.default_rng(1).normal(size=(*IDS.shape, 8))
+
+    def gradient(model):
+        def loss(params):
+            return (run(params, model.config, jnp.float32, IDS).last_hidden_state * c).sum()
+
+        return tree.flatten(jax.jit(jax.grad(loss))(model.params))
+
+    got, want, flat = gradient(model), gradient(merged), tree.flatten(model.params)
+    for name in ("attention/query", "attention/output", "feed_forward/up"):
+        each = [np.asarray(want[f"layers/{n}/{name}/kernel"], np.float64) for n in range(4)]
+        # Rounding is relative to the cotangents, of which attention's softmax leaves little.
+        atol = 256 * EPS * np.abs(c).max()
+        assert min(np.abs(g).max() for g in each) > 20 * atol
+        np.testing.assert_allclose(got[f"layers/0/{name}/kernel"], sum(each), rtol=0, atol=atol)
+        for n, g in enumerate(each):
+            down, up = (np.asarray(flat[f"layers/{n}/deltas/{name}/{side}"], np.float64) for side in ("down", "up"))
+            np.testing.assert_allclose(got[f"layers/{n}/deltas/{name}/down"], 1.5 * g @ up.T, rtol=0, atol=4 * atol)
+            np.testing.assert_allclose(got[f"layers/{n}/deltas/{name}/up"], 1.5 * down.T @ g, rtol=0, atol=4 * atol)
+
+
+def test_counts_of_deltas():
+    """R·(n + m) for each linear map of each layer, in parameters and in operations per token."""
+    config = ADAPTED["all-targets"]
+    added = 2 * (4 * (8 + 8) + 2 * (8 + 12))
+
+    def cost(config):
+        return fc.profile(fc.Model(params=abstract_params(config), config=config), length=8)
+
+    assert cost(config).params - cost(TIED).params == 4 * added
+    assert cost(config).flops_per_token - cost(TIED).flops_per_token == 2 * 4 * added
+
+
+def test_a_decoders_cross_attention_has_deltas(tmp_path):
+    pytest.importorskip("transformers")
+    sharing = fc.Sharing.named("all", layers=4, cross_attention=True)
+    deltas = fc.Deltas(rank=2, targets=("cross_attention/.*", "attention/query"))
+    decoder = BASE.replace(vocabulary=0, pooler=False, causal=True, sharing=sharing, deltas=deltas)
+    config = TIED.replace(decoder=decoder, pooler=False, head="seq2seq_lm", deltas=fc.Deltas(rank=1))
+    model = fc.Model(params=random_params(config), config=config)
+    names = {a for a in tree.flatten(model.params) if a.startswith("decoder/layers/3/deltas")}
+    maps = ("cross_attention/query", "cross_attention/key", "cross_attention/value", "cross_attention/output")
+    assert names == {f"decoder/layers/3/deltas/{n}/{s}" for n in (*maps, "attention/query") for s in ("down", "up")}
+    merged = merge_deltas(model)
+    target = np.random.default_rng(3).integers(0, 20, (2, 5))
+    logits = [
+        jax.jit(lambda params, m=m: run(params, m.config, jnp.float32, IDS, decoder_ids=target).logits)(m.params)
+        for m in (model, merged)
+    ]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1024 * EPS * np.abs(logits[0]).max())
+    fc.save(model, tmp_path / "m")
+    import torch
+
+    kind = import_module("flaxcompress.export.modeling_flaxcompress").FlaxCompressForConditionalGeneration
+    with torch.no_grad():
+        theirs = kind.from_pretrained(tmp_path / "m").eval()(torch.tensor(IDS), decoder_input_ids=torch.tensor(target))
+    np.testing.assert_allclose(logits[0], theirs.logits, rtol=0, atol=1e-4 * np.abs(logits[0]).max())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fc.Deltas(rank=0), "rank must be a positive integer"),
+        (lambda: fc.Deltas(rank=1, alpha=0.0), "alpha must be positive"),
+        (lambda: fc.Deltas(rank=1, targets=("(",)), "is not a regular expression"),
+        (lambda: fc.Deltas(rank=1, targets="attention/query"), "must be a list of patterns"),
+        (
+            lambda: abstract_params(TIED.replace(deltas=fc.Deltas(rank=1, targets=("attention/querry",)))),
+            "deltas/targets: 'attention/querry' matches no.*did you mean 'attention/query'",
+        ),
+        (
+            lambda: BASE.replace(sharing=dataclasses.replace(fc.Sharing.own(4), deltas=(0, 1, 2, 3))),
+            "there are no deltas",
+        ),
+        (
+            lambda: BASE.replace(
+                feed_forward_width=(3, 4, 5, 6),
+                sharing=fc.Sharing(attention=(0,) * 4, feed_forward=(0, 1, 2, 3), norms=(0,) * 4, deltas=(0,) * 4),
+                deltas=fc.Deltas(rank=1),
+            ),
+            "set 0 is used by layers whose feed_forward_width differs: 3 and 4",
+        ),
+    ],
+)
+def test_deltas_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_walking_layer_by_layer_sees_deltas():
+    """Rounding and the like run one layer after the other: they must arrive where the model does."""
+    config = ADAPTED["shared-deltas"].replace(pooler=False)
+    model = fc.Model(params=random_params(config), config=config)
+    walk = LayerWalk(model, [(IDS, np.ones_like(IDS, bool))])
+    stage = next(iter(walk.stages(label="walk")))
+    want = model(IDS).last_hidden_state
+    np.testing.assert_allclose(walk.outcome(stage, {})[0], want, rtol=0, atol=256 * 4 * EPS * np.abs(want).max())

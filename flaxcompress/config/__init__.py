@@ -1,5 +1,6 @@
 """ModelConfig and its parts: frozen, validated on construction, JSON both ways."""
 
+from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule
 from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConfig
 from flaxcompress.config.names import closest, reject_unknown
@@ -13,6 +14,7 @@ __all__ = [
     "HEADS",
     "PARTS",
     "SUBLAYERS",
+    "Deltas",
     "FormatRule",
     "ModelConfig",
     "Patches",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config.deepnorm import DeepNorm, deepnorm, deepnorm_decoder, deepnorm_encoder
+from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.part import part_reader
@@ -29,6 +30,7 @@ _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool"
 _READERS: dict[str, Any] = {
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
+    "deltas": part_reader(Deltas),
     "formats": read_rules,
 }
 
@@ -62,6 +64,8 @@ class ModelConfig:
       local: which layers are; None: all of them when there is a window.
       rotary: rotary positions; None: none.
       patches: images instead of token ids: `vocabulary` is then 0.
+      deltas: what each layer adds to its linear maps, low-rank; None: nothing. Without a map in `sharing`, every layer
+        owns its deltas.
       classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token.
       position_embedding: what is added to the embeddings: a "learned" table of positions, "sinusoidal" ones (Vaswani et
         al. 2017, §3.5; all sines before all cosines) or "none".
@@ -125,6 +129,7 @@ class ModelConfig:
     local: tuple[bool, ...] = None  # pyright: ignore[reportAssignmentType]  (None: all, where there is a window)
     rotary: Rotary | None = None
     patches: Patches | None = None
+    deltas: Deltas | None = None
     classes: int = 0
     position_embedding: str = "learned"
     embedding_norm: bool = True
@@ -225,6 +230,7 @@ class ModelConfig:
         if self.sharing is None:
             object.__setattr__(self, "sharing", Sharing.own(self.layers))
         self._check_feed_forward_width()
+        self._check_deltas()
         if len(self.sharing.attention) != self.layers:
             raise ValueError(f"sharing: the maps have {len(self.sharing.attention)} entries for {self.layers} layers")
         object.__setattr__(self, "formats", tuple(self.formats))
@@ -238,6 +244,21 @@ class ModelConfig:
         if not isinstance(given, int) and len(widths) != sets:
             raise ValueError(f"config: feed_forward_width needs one entry for each of {sets} sets, got {len(widths)}")
         object.__setattr__(self, "feed_forward_width", widths[0] if len(set(widths)) == 1 else widths)
+
+    def _check_deltas(self) -> None:
+        if (self.deltas is None) != (not self.sharing.deltas):
+            if self.deltas is None:
+                raise ValueError("config: sharing has a map of deltas, but there are no deltas")
+            own = dataclasses.replace(self.sharing, deltas=tuple(range(self.layers)))
+            object.__setattr__(self, "sharing", own)
+        widths: dict[int, int] = {}
+        for number, inner in zip(self.sharing.deltas, self.sharing.feed_forward, strict=False):
+            width = self.feed_forward_width_of(inner)
+            if widths.setdefault(number, width) != width:
+                raise ValueError(
+                    f"sharing/deltas: set {number} is used by layers whose feed_forward_width differs: "
+                    f"{widths[number]} and {width}"
+                )
 
     def _check_decoder(self) -> None:
         if (self.head == "seq2seq_lm") != (self.decoder is not None and self.head != "none"):

@@ -10,7 +10,7 @@ from flaxcompress.config.named_sharing import named_maps
 from flaxcompress.config.names import reject_unknown
 
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
-PARTS = (*SUBLAYERS, "norms")
+PARTS = (*SUBLAYERS, "norms", "deltas")
 _ALWAYS = ("attention", "feed_forward", "norms")
 _NAMED = ("name", "sets", "norms", "cross_attention")
 
@@ -22,6 +22,7 @@ class Sets(NamedTuple):
     cross_attention: int = 0
     feed_forward: int = 0
     norms: int = 0
+    deltas: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Sharing:
     feed_forward: tuple[int, ...]
     norms: tuple[int, ...]
     cross_attention: tuple[int, ...] = ()
+    deltas: tuple[int, ...] = ()
 
     @classmethod
     def own(cls, layers: int, *, cross_attention: bool = False) -> Sharing:
@@ -100,7 +102,7 @@ def read_sharing(data: Any, where: str, layers: Any = None) -> Sharing:
     Raises ValueError for unknown and missing parts.
     """
     if isinstance(data, str) or (isinstance(data, Mapping) and "name" in data):
-        options = {"name": data} if isinstance(data, str) else dict(data)
+        options: dict[str, Any] = {"name": data} if isinstance(data, str) else dict(data)
         reject_unknown(where, options, _NAMED)
         return Sharing.named(**options, layers=layers)
     if not isinstance(data, Mapping):

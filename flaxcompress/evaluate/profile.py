@@ -23,6 +23,7 @@ _PARTS = (  # the first full match decides; what matches none is `REST`
     ("positions and segments", r"embedding/(position|segment)"),
     ("attention", r"layers/\d+/attention/.*/kernel"),
     ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
+    ("deltas", r"layers/\d+/deltas/.*"),
     ("decoder", r"decoder/.*"),
     (REST, r"layers/.*|embedding/.*|final_norm/.*"),
     ("relative positions", r"relative_bias/.*"),

@@ -19,6 +19,9 @@ ACTIVATIONS = {
 }
 
 
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+
+
 class States(NamedTuple):
     """What a stack of layers gives; fields that were not asked for, or that the structure lacks, are None."""
 
@@ -43,6 +46,8 @@ class Network:
         self.narrow = c["embedding_width"] or c["width"]
         self.attention = attention_kind(structure)()
         self.cross_attention = CrossAttention()
+        self.kernels = {}  # {address of a linear map: (n, m)}
+        self.deltas = None  # the address of the running layer's deltas
         self._declare()
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,6 +78,8 @@ class Network:
         for number in sets["norms"]:
             for name in self.norm_names(number):
                 self.add_norm(f"layers/{number}/norms/{name}", width)
+        for number in sets.get("deltas", ()):
+            self._declare_deltas(number, c["sharing"]["deltas"].index(number))
         if c["final_norm"]:
             self.add_norm("final_norm", width)
         if c["pooler"]:
@@ -81,7 +88,7 @@ class Network:
     def norm_names(self, number):
         """The norms of a weight set: one per sublayer, two in a sandwich, one for all where parallel ones share it."""
         c = self.structure
-        sublayers = [name for name in ("attention", "cross_attention", "feed_forward") if name in c["sharing"]]
+        sublayers = [name for name in SUBLAYERS if name in c["sharing"]]
         names = sublayers[:1] if c["parallel"] == "one_norm" else list(sublayers)
         if not c["first_norm"] and number == 0:
             names.remove("attention")
@@ -104,6 +111,17 @@ class Network:
             self.add_linear(f"{address}/{name}", c["width"], inner, bias)
         self.add_linear(f"{address}/down", inner, c["width"], bias)
 
+    def _declare_deltas(self, number, layer):
+        """Two factors for each linear map that they change, of which the shapes are those in a layer that uses them."""
+        c, deltas = self.structure, self.structure["deltas"]
+        for part in SUBLAYERS:
+            base = f"layers/{c['sharing'][part][layer]}/" if part in c["sharing"] else None
+            for address, (n, m) in list(self.kernels.items()):
+                target = address.removeprefix(base or "/")
+                if base and target.startswith(f"{part}/") and any(re.fullmatch(p, target) for p in deltas["targets"]):
+                    self._add(f"layers/{number}/deltas/{target}/down", (n, deltas["rank"]))
+                    self._add(f"layers/{number}/deltas/{target}/up", (deltas["rank"], m))
+
     def _add(self, address, shape, table=False):
         address = self.prefix + address
         spec = next((spec for pattern, spec in self.formats if re.fullmatch(pattern, address)), None)
@@ -119,6 +137,7 @@ class Network:
 
     def add_linear(self, address, n, m, bias=True):
         """A kernel [n, m] and its bias."""
+        self.kernels[address] = n, m
         self._add(f"{address}/kernel", (n, m))
         if bias:
             self.add_vector(f"{address}/bias", m)
@@ -140,7 +159,13 @@ class Network:
     def linear(self, x, address):
         """x @ kernel + bias, [*B, n] -> [*B, m]; the bias may be absent."""
         y = matmul(x, self.weight(f"{address}/kernel"))
-        return y + self.weight(f"{address}/bias").to(x.dtype) if self.has(f"{address}/bias") else y
+        y = y + self.weight(f"{address}/bias").to(x.dtype) if self.has(f"{address}/bias") else y
+        delta = f"{self.deltas}/{address.split('/', 2)[-1]}"
+        if self.deltas is None or not self.has(f"{delta}/down"):
+            return y
+        deltas = self.structure["deltas"]
+        scale = 1.0 if deltas["alpha"] is None else deltas["alpha"] / deltas["rank"]
+        return y + matmul(matmul(x, self.weight(f"{delta}/down")), self.weight(f"{delta}/up")) * scale
 
     def norm(self, x, address):
         """The model's norm over the last axis, computed in float32, returned in x's dtype."""
@@ -292,6 +317,7 @@ class Network:
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
             local = c["local"][layer]
             kept = None if past is None else (past, layer)
+            self.deltas = at.get("deltas")
             rate = c["layer_dropout"] * (layer + 1) / c["layers"]
             x, *probabilities = self.layer(
                 x, at, seen._replace(mask=masks[local], turn=turns[local], past=kept), need_attentions, rate
@@ -299,6 +325,7 @@ class Network:
             states.append(x)
             attentions.append(probabilities[0])
             crossed.append(probabilities[1])
+        self.deltas = None
         if c["final_norm"]:
             x = states[-1] = self.norm(x, "final_norm")
         return States(

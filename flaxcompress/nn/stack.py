@@ -21,6 +21,7 @@ from flaxcompress.config import PARTS, ModelConfig, Sets
 from flaxcompress.nn.add_norm import norm_names
 from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.deltas import init_deltas, layer_variables
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
 from flaxcompress.nn.remat import rematerialised
@@ -77,8 +78,13 @@ def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[s
     context = Context(memory=x) if config.sharing.cross_attention else Context()
 
     def draw(part: str, number: int, key: jax.Array) -> Any:
-        layer = Layer(config, Sets(**{part: number}), prefix, parent=None)
-        return layer.init(key, x, context)["params"][part]  # pyright: ignore[reportIndexIssue]
+        used = part == "deltas"  # by a layer whose linear maps they fit
+        sets = config.sharing.of_layer(config.sharing.deltas.index(number)) if used else Sets(**{part: number})
+        draw_layer = functools.partial(Layer(config, sets, prefix, parent=None).init, key, x, context)
+        if used:
+            shapes: Any = jax.eval_shape(draw_layer)
+            return init_deltas(config, key, f"{prefix}layers/{number}/deltas", shapes["params"])
+        return draw_layer()["params"][part]  # pyright: ignore[reportIndexIssue]
 
     def shapes(part: str, number: int) -> Any:
         return jax.eval_shape(functools.partial(draw, part, number), key)
@@ -98,7 +104,12 @@ def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[s
 
 def _alike(config: ModelConfig, part: str, shapes: Callable[[int], Any], prefix: str) -> list[list[int]]:
     """Neighbouring weight sets of a part whose matrices have the same shapes and format rules."""
-    structures = {"feed_forward": config.feed_forward_width_of, "norms": lambda n: tuple(norm_names(config, n))}
+    inner = config.feed_forward_width_of
+    structures: dict[str, Callable[[int], Any]] = {
+        "feed_forward": inner,
+        "norms": lambda n: tuple(norm_names(config, n)),
+        "deltas": lambda n: inner(config.sharing.feed_forward[config.sharing.deltas.index(n)]),
+    }
     structure = structures.get(part, lambda _: None)
     paths: dict[Any, list[str]] = {}
     found: list[list[int]] = []
@@ -192,7 +203,7 @@ class Stack(nn.Module):
             drops = config.layer_dropout if dropout_key is not None else 0.0
             rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, number)}
             out, recorded = module.apply(
-                {"params": params},
+                layer_variables(params),
                 x,
                 context.within(windows[0] if alike else is_local),
                 cache=None if cache is None else LayerCache(cache, number),
