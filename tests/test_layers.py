@@ -24,6 +24,7 @@ from flaxcompress.model import abstract_flat, init_params
 from flaxcompress.nn import Stack, run
 from flaxcompress.nn.initializer import kernel_initializer
 from flaxcompress.nn.stack import init_layers
+from flaxcompress.train.optimizer import label
 
 EPS = float(np.finfo(np.float32).eps)
 BASE = fc.ModelConfig(
@@ -701,3 +702,11 @@ def test_walking_layer_by_layer_sees_deltas():
     stage = next(iter(walk.stages(label="walk")))
     want = model(IDS).last_hidden_state
     np.testing.assert_allclose(walk.outcome(stage, {})[0], want, rtol=0, atol=256 * 4 * EPS * np.abs(want).max())
+
+
+def test_deltas_learn_at_a_rate_of_their_own():
+    """A rate relative to the size of a factor that starts at zero would leave it there."""
+    config = ADAPTED["queries"]
+    labels = jax.tree_util.tree_map_with_path(label, abstract_params(config)["layers"])
+    assert set(jax.tree.leaves(labels["deltas"])) == {"vectors"}
+    assert labels["attention"]["000"]["query"]["kernel"] == "weights"

@@ -206,6 +206,9 @@ def describe(spec: Mapping[str, Any], columns: int | None = None) -> str:
         return "bucketed " + " + ".join(_tier(tier, columns) for tier in spec["tiers"])
     if kind == "banded":
         return "banded " + " ".join(f"{columns}@{bits}" for columns, bits in spec["bands"])
+    if kind == "tensor_train":
+        sizes = ("·".join(map(str, spec[side])) for side in ("rows", "columns"))
+        return f"tensor_train {'×'.join(sizes)}, rank {max(spec['ranks'])}"
     plain = (f"{k} {v}" for k, v in spec.items() if k != "kind" and isinstance(v, (int, float, str)))
     return " ".join([str(kind), *plain])
 
