@@ -11,7 +11,7 @@ from flaxcompress.compress import (
     Trim,
     compress,
 )
-from flaxcompress.config import ModelConfig, Rotary, Sharing
+from flaxcompress.config import Deltas, ModelConfig, Rotary, Sharing
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.decoding import Constraint, Generated
 from flaxcompress.evaluate import Report, evaluate, profile
@@ -27,6 +27,7 @@ __all__ = [
     "BitsFor",
     "CalibrationText",
     "Constraint",
+    "Deltas",
     "FactorizeEmbedding",
     "Generated",
     "Heal",

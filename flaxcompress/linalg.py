@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +77,26 @@ def two_sided_svd(
     left, right = _root(rows), _root(columns)
     u, s, vt = np.linalg.svd(left[:, None] * w * right, full_matrices=False)
     return Factors(u[:, :rank] * s[:rank] / left[:, None], vt[:rank] / right, s)
+
+
+def tensor_train(
+    matrix: Float[np.ndarray, "n m"], rows: Sequence[int], columns: Sequence[int], ranks: Sequence[int]
+) -> list[Float[np.ndarray, "r n m s"]]:
+    """The cores [r_{k-1}, n_k, m_k, r_k] of a tensor train close to W, by TT-SVD (Oseledets 2011, algorithm 1).
+
+    The squared error is at most the sum of what the cut at each r_k loses alone: none at full ranks. Rows up to Π n_k
+    are zeros.
+    """
+    from tensorly.backend import backend_context
+    from tensorly.decomposition import tensor_train as decompose
+
+    w = np.asarray(matrix, np.float64)
+    padded = np.pad(w, ((0, math.prod(rows) - len(w)), (0, 0))).reshape(*rows, *columns)
+    count = len(rows)
+    paired = padded.transpose([axis for k in range(count) for axis in (k, count + k)])
+    with backend_context("numpy", local_threadsafe=True):
+        train = decompose(paired.reshape([n * m for n, m in zip(rows, columns, strict=True)]), [1, *ranks, 1])
+    return [np.asarray(c).reshape(c.shape[0], n, m, c.shape[-1]) for c, n, m in zip(train, rows, columns, strict=True)]
 
 
 def _root(weights: np.ndarray) -> np.ndarray:

@@ -163,6 +163,21 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return _assemble(flat, _runs(flat), lambda addresses: stack([flat[a] for a in addresses]))
 
 
+def join_runs(runs: list[Any]) -> dict[str, Any]:
+    """{run name: stacked trees} of a part; neighbours of equal signature, but for their lengths, become one run."""
+    found: dict[str, Any] = {}
+    first, before, name = 0, None, ""
+    for run in runs:
+        signed = signature(jax.tree.map(lambda leaf: _index(leaf, 0), abstract(run)))
+        if signed == before:
+            found[name] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found[name], run)
+        else:
+            name = run_name(first)
+            found[name] = run
+        first, before = first + run_length(run), signed
+    return found
+
+
 class _Run(NamedTuple):
     """Weight sets that are stacked together, and the paths of their matrices."""
 

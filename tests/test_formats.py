@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -25,6 +26,8 @@ from flaxcompress.formats import (
     LowRank,
     Quantized,
     QuantizedSpec,
+    TensorTrain,
+    TensorTrainSpec,
     attend,
     break_even_rank,
     from_tensors,
@@ -41,6 +44,7 @@ from flaxcompress.formats import (
     to_tensors,
 )
 from flaxcompress.formats.banded import GAUSSIAN_STEP
+from flaxcompress.formats.tensor_train import balanced_factors
 from flaxcompress.ops import pack, packed_width, unpack
 
 N, M = 37, 26  # odd, so that packed rows and last groups are not full
@@ -63,6 +67,10 @@ def banded(*bands, **options):
     return {"kind": "banded", "bands": [list(band) for band in bands], **options}
 
 
+def train(rows, columns, ranks, **options):
+    return {"kind": "tensor_train", "rows": rows, "columns": columns, "ranks": ranks, **options}
+
+
 DENSE = {"kind": "dense"}
 ANY = {
     "dense": DENSE,
@@ -73,6 +81,9 @@ ANY = {
     "int8-scale-bf16": quantized(8, scale_dtype="bfloat16"),
     "int4-scale32": quantized(4, 16, scale_dtype="float32"),
     "low_rank-int": low_rank(5, quantized(8), quantized(3, 4)),
+    "tensor_train": train([4, 10], [13, 2], [5]),
+    "tensor_train-3": train([3, 4, 4], [2, 1, 13], 3, dtype="float16"),
+    "low_rank-train": low_rank(6, train([5, 8], [2, 3], [4]), quantized(8)),
     "nested": low_rank(7, low_rank(3, quantized(2, 2)), {"kind": "dense", "dtype": "float16"}),
 }
 TABLES = {
@@ -122,6 +133,9 @@ def magnitude(node):
     """|W| entry by entry, but |left|·|right| for products: what rounding errors are relative to."""
     if isinstance(node, LowRank):
         return magnitude(node.left) @ magnitude(node.right)
+    if isinstance(node, TensorTrain):
+        sizes = TensorTrain(cores=tuple(jnp.abs(core.astype(jnp.float32)) for core in node.cores), rows=node.rows)
+        return np.asarray(materialize(sizes), np.float64)
     if isinstance(node, Bucketed):
         return np.concatenate([magnitude(t) for t in node.tiers])[np.asarray(node._order())]
     return np.abs(np.asarray(materialize(node), np.float64))
@@ -131,6 +145,8 @@ def depth(node) -> int:
     """Products one after the other."""
     if isinstance(node, LowRank):
         return depth(node.left) + depth(node.right)
+    if isinstance(node, TensorTrain):
+        return len(node.cores)
     return max(map(depth, node.tiers)) if isinstance(node, Bucketed) else 1
 
 
@@ -323,6 +339,13 @@ def test_gradients_reach_every_float_leaf(case):
         ({"kind": "banded", "bands": [[0, 4]]}, "a band is"),
         ({"kind": "banded"}, "banded format.*bands"),
         ({"kind": "banded", "bands": [[1, 2, 3]]}, "banded format|here"),
+        (train([4, 10], [26], [5]), "as many factors, at least 2"),
+        (train([40], [26], []), "as many factors, at least 2"),
+        (train([4, 0], [13, 2], [5]), "rows must be a list of positive integers"),
+        (train([4, 10], [13, 2], [21]), r"ranks must be 1 numbers from 1 to \[20\], got \[21\]"),
+        (train([4, 10], [13, 2], [5, 5]), "ranks must be 1 numbers"),
+        (train([4, 10], [13, 2], [5], dtype="int8"), "tensor_train format: dtype 'int8'"),
+        ({"kind": "tensor_train", "rows": [4, 10], "columns": [13, 2]}, "tensor_train format.*ranks"),
     ],
 )
 def test_wrong_specs(data, message):
@@ -337,6 +360,8 @@ def test_wrong_specs(data, message):
         (bucketed((37, DENSE)), False, "only embedding tables have tiers"),
         (banded((8, 4)), True, "do not fit a 37×26 table"),
         (banded((26, 4)), False, "do not fit"),
+        (train([4, 9], [13, 2], [5]), True, "products of at least 37 and of exactly 26"),
+        (train([4, 10], [9, 3], [5]), False, "products of at least 37 and of exactly 26"),
     ],
 )
 def test_specs_that_do_not_fit(spec, table, message):
@@ -362,6 +387,74 @@ def test_full_rank_is_lossless():
 def test_break_even_rank(n, m):
     rank = break_even_rank(n, m)
     assert rank * (n + m) < n * m <= (rank + 1) * (n + m)
+
+
+# ── tensor trains ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def entry(node, i: int, j: int) -> float:
+    """W[i, j] as a product of small matrices, digit by digit."""
+    cores = [np.asarray(core, np.float64) for core in node.cores]
+    digits = []
+    for core in reversed(cores):
+        digits.insert(0, (i % core.shape[1], j % core.shape[2]))
+        i, j = i // core.shape[1], j // core.shape[2]
+    product = np.eye(1)
+    for core, (a, b) in zip(cores, digits, strict=True):
+        product = product @ core[:, a, b]
+    return product.item()
+
+
+def test_an_entry_of_a_train_is_a_product_of_matrices():
+    node = node_of(CASES.index(("tensor_train-3", ANY["tensor_train-3"], True)))
+    whole, size = np.asarray(node.materialize()), magnitude(node)
+    for i, j in ((0, 0), (36, 25), (5, 13), (17, 1), (30, 24)):
+        assert abs(whole[i, j] - entry(node, i, j)) <= tolerance(node, 9, size)
+
+
+def test_a_train_at_full_ranks_is_lossless_and_a_shorter_one_near_the_best():
+    w = np.asarray(normal((N, M), 8))
+    full = TensorTrainSpec(rows=(3, 4, 4), columns=(2, 1, 13), ranks=(6, 24))
+    node = full.compress(w)
+    np.testing.assert_allclose(node.materialize(), w, rtol=0, atol=tolerance(node, N + M, magnitude(node)))
+    short = dataclasses.replace(full, ranks=(4, 10)).compress(w)
+    paired = np.pad(w, ((0, 11), (0, 0))).reshape(3, 4, 4, 2, 1, 13).transpose(0, 3, 1, 4, 2, 5).astype(np.float64)
+    tails = []  # what the best matrix of a cut's rank loses; a train loses at least the largest and at most the sum
+    for rows, rank in ((6, 4), (24, 10)):
+        tails.append(np.square(np.linalg.svd(paired.reshape(rows, -1), compute_uv=False)[rank:]).sum())
+    padding = TensorTrain(cores=short.cores, rows=48)  # the rows that no table has are part of what is cut
+    error = np.square(np.asarray(padding.materialize(), np.float64) - np.pad(w, ((0, 11), (0, 0)))).sum()
+    assert max(tails) * (1 - 1e-5) <= error <= sum(tails) * (1 + 1e-5)
+
+
+def test_entries_of_a_drawn_train_have_the_deviation_asked_for():
+    spec = TensorTrainSpec.balanced((2000, 192), cores=3, rank=16)
+    node = spec.init(jax.random.key(0), (2000, 192), jax.nn.initializers.normal(0.05), table=True)
+    assert np.prod(spec.rows) >= 2000 and np.prod(spec.columns) == 192 and spec.ranks == (16, 16)
+    assert stored_values(node) < 2000 * 192 / 10
+    # Entries that share cores are not independent: the smallest core's values bound what the sample is worth.
+    smallest = min(core.size for core in node.cores)
+    assert abs(np.std(node.materialize()) / 0.05 - 1) < 5 * math.sqrt(len(node.cores) / (2 * smallest))
+
+
+def test_rows_are_taken_without_the_table():
+    """No intermediate of a lookup is as large as the table, or even as its cores."""
+    spec, draw = TensorTrainSpec.balanced((30_000, 128), cores=3, rank=8), jax.nn.initializers.normal()
+    node = jax.eval_shape(lambda key: spec.init(key, (30_000, 128), draw, table=True), jax.random.key(0))
+    program = jax.jit(take).lower(node, jax.ShapeDtypeStruct((2, 5), jnp.int32)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < nbytes(node) < 4 * 30_000 * 128 / 100
+
+
+@pytest.mark.parametrize("size, count, want", [(384, 3, (6, 8, 8)), (7, 2, (1, 7)), (64, 2, (8, 8)), (1, 3, (1, 1, 1))])
+def test_balanced_factors_are_exact(size, count, want):
+    assert balanced_factors(size, count, exact=True) == want
+
+
+@given(st.integers(1, 200_000), st.integers(2, 5))
+def test_balanced_factors_are_large_enough_and_hardly_larger(size, count):
+    factors = balanced_factors(size, count, exact=False)
+    assert len(factors) == count and math.prod(factors) >= size
+    assert math.prod(factors) <= size * (1 + 1 / min(factors)) ** count
 
 
 # ── integers and their layout on disk ────────────────────────────────────────────────────────────────────────────────

@@ -683,6 +683,8 @@ MAPS = {
     "cycle": ((0, 1, 0, 1), (0, 1, 0, 1), EACH),
     "sequence": ((0, 0, 1, 1), (0, 0, 1, 1), (0, 0, 1, 1)),
     "attention-only": (ONE, EACH, EACH),
+    "cycle-rev": ((0, 1, 1, 0), (0, 1, 1, 0), (0, 1, 1, 0)),
+    "feed-forward-only": (EACH, ONE, EACH),
     "uneven": ((0, 1, 1, 2), (0, 1, 2, 0), ONE),
 }
 

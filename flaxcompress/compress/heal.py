@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flaxcompress.data.stream import FragmentStream
 from flaxcompress.encoding import compute_dtype, pool
 from flaxcompress.model import Model
 from flaxcompress.nn import Transformer
+from flaxcompress.nn.remat import check_remat
 from flaxcompress.text import Pooling
 from flaxcompress.train import Rates, freeze_model, make_optimizer, thaw_model, train
 from flaxcompress.train.objectives import cosine_loss, hidden_loss, logits_loss
@@ -39,6 +40,8 @@ class Heal(Step):
       weight_decay: of matrices, relative to their size like their rate (decoupled, as in AdamW).
       clip: largest global norm of the gradient.
       save_every: steps between checkpoints.
+      remat: what the backward pass computes again to save memory: "none", "dots" (all but products with weights) or
+        "full" (all but each layer's input).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
@@ -56,6 +59,7 @@ class Heal(Step):
     weight_decay: float = 0.0
     clip: float = 1.0
     save_every: int = 100
+    remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
         for name in ("batch", "max_length", "save_every"):
@@ -68,6 +72,7 @@ class Heal(Step):
             raise ValueError(f"Heal: clip must be positive, got {self.clip}")
         if not (self.cosine or self.hidden or self.logits):
             raise ValueError("Heal: cosine, hidden and logits are all 0, so there is nothing to learn")
+        check_remat(self.remat)
         if self.steps < 0 or self.warmup < 0:
             raise ValueError(f"Heal: steps and warmup must not be negative, got {self.steps} and {self.warmup}")
 
@@ -137,12 +142,11 @@ def distillation_loss(
     dtype = compute_dtype()
     with_logits = step.logits > 0 and student.head == teacher.head == "masked_lm"
 
-    def run(config: ModelConfig, values: Any) -> Any:
-        return Transformer(config, dtype).apply(
-            {"params": values}, ids, mask, need_hidden_states=True, need_logits=with_logits
-        )
+    def run(config: ModelConfig, values: Any, remat: str = "none") -> Any:
+        need = {"need_hidden_states": True, "need_logits": with_logits, "remat": remat}
+        return Transformer(config, dtype).apply({"params": values}, ids, mask, **need)
 
-    s = run(student, params)
+    s = run(student, params, step.remat)
     t = jax.lax.stop_gradient(run(teacher, teacher_params))
     total = jnp.zeros(())
     if step.cosine:

@@ -18,6 +18,7 @@ from flaxcompress.encoding import compute_dtype, lookup
 from flaxcompress.formats import dense
 from flaxcompress.model import Model
 from flaxcompress.nn import INPUTS, Context, Layer
+from flaxcompress.nn.deltas import layer_variables
 from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
 
@@ -142,11 +143,11 @@ def _structure(config: ModelConfig, sets: Sets) -> Sets:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_layer(config: ModelConfig, sets: Sets, params, x, context):
-    out: Any = Layer(config, _structure(config, sets)).apply({"params": params}, x, context)
+    out: Any = Layer(config, _structure(config, sets)).apply(layer_variables(params), x, context)
     return out.x
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _layer_moments(config: ModelConfig, sets: Sets, params, x, context, name: str):
-    _, recorded = Layer(config, _structure(config, sets)).apply({"params": params}, x, context, mutable=[INPUTS])
+    _, recorded = Layer(config, _structure(config, sets)).apply(layer_variables(params), x, context, mutable=[INPUTS])
     return moments_of(recorded[INPUTS], context.real)[name]

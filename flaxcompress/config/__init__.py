@@ -1,11 +1,12 @@
 """ModelConfig and its parts: frozen, validated on construction, JSON both ways."""
 
+from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule
 from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, GENERATING, HEADS, ModelConfig
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
-from flaxcompress.config.sharing import PARTS, Sets, Sharing
+from flaxcompress.config.sharing import PARTS, SUBLAYERS, Sets, Sharing
 
 __all__ = [
     "ACTIVATIONS",
@@ -13,6 +14,8 @@ __all__ = [
     "GENERATING",
     "HEADS",
     "PARTS",
+    "SUBLAYERS",
+    "Deltas",
     "FormatRule",
     "ModelConfig",
     "Patches",

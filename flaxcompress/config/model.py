@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flaxcompress.config.deepnorm import DeepNorm, deepnorm, deepnorm_decoder, deepnorm_encoder
+from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.part import part_reader
@@ -16,7 +18,9 @@ from flaxcompress.config.sharing import Sharing, read_sharing
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORMS = ("layer", "rms")
-NORM_PLACES = ("post", "pre")
+NORM_PLACES = ("post", "pre", "sandwich")
+PARALLEL = ("none", "one_norm", "two_norms")
+INITIALIZERS = ("normal", "truncated_normal", "xavier", "deepnorm")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
 CLASSIFIERS = ("sequence_classification", "token_classification", "span")
 GENERATING = ("causal_lm", "seq2seq_lm")
@@ -25,9 +29,9 @@ HEADS = ("none", "masked_lm", "replaced_token", *GENERATING, *CLASSIFIERS)
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 # How fields that are objects in JSON are read: a function of the object and of where it stands.
 _READERS: dict[str, Any] = {
-    "sharing": read_sharing,
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
+    "deltas": part_reader(Deltas),
     "formats": read_rules,
 }
 
@@ -42,11 +46,15 @@ class ModelConfig:
       positions: the longest sequence.
       position_offset: the row of the first position in the position table. Above 0, positions count tokens other than
         `pad_token`, and padding reads the row before (RoBERTa).
+      initializer: how kernels are drawn: "normal" or "truncated_normal" (at two deviations) of deviation
+        `initializer_range`, as tables always are; "xavier" by their fans; or "deepnorm", Xavier's times
+        `initializer_gain`, β, for all kernels in layers but those of queries and keys (see `with_deepnorm`).
       segments: rows of the segment table; 0 for none.
       relative_buckets: rows of a relative position bias that all layers share, [buckets, H] (T5, Raffel et al. 2020;
         MPNet); 0 for none.
       relative_distance: the distance from which all positions share the last bucket.
       head_activation: inside the head; None for `activation`.
+      feed_forward_width: F; a tuple has one for each weight set of the feed-forward networks.
       key_value_heads: K, heads of keys and values, each read by H/K query heads; None: H.
       head_width: d; None: D/H.
       attention_bias, output_bias, feed_forward_bias, norm_bias, head_bias: whether the projections of queries, keys and
@@ -57,6 +65,8 @@ class ModelConfig:
       local: which layers are; None: all of them when there is a window.
       rotary: rotary positions; None: none.
       patches: images instead of token ids: `vocabulary` is then 0.
+      deltas: what each layer adds to its linear maps, low-rank; None: nothing. Without a map in `sharing`, every layer
+        owns its deltas.
       classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token.
       position_embedding: what is added to the embeddings: a "learned" table of positions, "sinusoidal" ones (Vaswani et
         al. 2017, §3.5; all sines before all cosines) or "none".
@@ -65,7 +75,12 @@ class ModelConfig:
       embedding_norm: the embeddings are normalised.
       gated: the feed-forward is down(activation(gate(x)) * up(x)) (Shazeer 2020).
       norm: "layer" or "rms" (Zhang & Sennrich 2019).
-      norm_place: "post", norm(x + f(x)), or "pre", x + f(norm(x)).
+      norm_place: "post", norm(x + f(x)); "pre", x + f(norm(x)); or "sandwich", x + norm(f(norm(x))) (CogView, Gemma 2).
+      residual_scale: α, by which x is multiplied where f(x) is added to it (see `with_deepnorm`).
+      parallel: "none"; or attention and feed-forward read the same x and are added together, after "one_norm" that they
+        share (GPT-J, PaLM) or "two_norms" (GPT-NeoX). Norms then stand before sublayers.
+      layer_dropout: while training, what the last layer's sublayers add is left out with this probability, example by
+        example; that of earlier layers with one that grows linearly with depth (Huang et al. 2016).
       first_norm: whether the first layer's attention has a norm before it, where norms come before.
       final_norm: whether the last layer's output is normalised.
       tied: whether a language-modelling head reads the token table, or has a kernel of its own.
@@ -73,6 +88,8 @@ class ModelConfig:
       logit_bias: whether it adds a bias to the logits.
       decoder: the structure of the decoder that attends to these layers' output; None: there is none. Its vocabulary is
         0, since it reads this token table, and its matrices stand below "decoder/".
+      sharing: which weight set each layer uses, part by part; None: every layer owns its weights. JSON may have a name
+        in its place: "all", or {"name": "cycle", "sets": 3} (see `Sharing.named`).
 
     Raises ValueError on construction when fields contradict each other.
     """
@@ -85,7 +102,7 @@ class ModelConfig:
     heads: int  # H
     key_value_heads: int | None = None  # K
     head_width: int | None = None  # d
-    feed_forward_width: int  # F
+    feed_forward_width: int | tuple[int, ...]  # F
     positions: int = 512
     position_offset: int = 0
     segments: int = 2
@@ -95,7 +112,9 @@ class ModelConfig:
     norm_epsilon: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    initializer: str = "normal"
     initializer_range: float = 0.02
+    initializer_gain: float = 1.0
     pad_token: int = 0
     pooler: bool = True
     head: str = "none"
@@ -111,12 +130,16 @@ class ModelConfig:
     local: tuple[bool, ...] = None  # pyright: ignore[reportAssignmentType]  (None: all, where there is a window)
     rotary: Rotary | None = None
     patches: Patches | None = None
+    deltas: Deltas | None = None
     classes: int = 0
     position_embedding: str = "learned"
     embedding_norm: bool = True
     gated: bool = False
     norm: str = "layer"
     norm_place: str = "post"
+    residual_scale: float = 1.0
+    parallel: str = "none"
+    layer_dropout: float = 0.0
     first_norm: bool = True
     final_norm: bool = False
     tied: bool = True
@@ -132,7 +155,7 @@ class ModelConfig:
         if self.patches is not None and self.vocabulary != 0:
             raise ValueError(f"config: a model of images has no vocabulary, got {self.vocabulary}")
         decodes = self.sharing is not None and bool(self.sharing.cross_attention)
-        sizes = ("width", "layers", "heads", "feed_forward_width", "positions")
+        sizes = ("width", "layers", "heads", "positions")
         for name in sizes if self.patches is not None or decodes else ("vocabulary", *sizes):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -167,6 +190,8 @@ class ModelConfig:
         for name, known in (
             ("norm", NORMS),
             ("norm_place", NORM_PLACES),
+            ("parallel", PARALLEL),
+            ("initializer", INITIALIZERS),
             ("position_embedding", POSITION_EMBEDDINGS),
         ):
             if getattr(self, name) not in known:
@@ -181,6 +206,14 @@ class ModelConfig:
             raise ValueError(f"config: window {self.window} with {sum(local)} local layers: give both or none")
         if not self.first_norm and self.norm_place != "pre":
             raise ValueError("config: first_norm=False makes sense with norm_place='pre' only")
+        if self.parallel != "none" and (decodes or self.norm_place == "post"):
+            raise ValueError(
+                f"config: parallel {self.parallel!r} needs norms before sublayers and no attention to an encoder, got "
+                f"norm_place {self.norm_place!r}{' and a map of cross_attention' if decodes else ''}"
+            )
+        for name in ("residual_scale", "initializer_gain"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"config: {name} must be positive, got {getattr(self, name)}")
         for name in (self.activation, self.head_activation or self.activation):
             if name not in ACTIVATIONS:
                 raise ValueError(f"config: unknown activation {name!r}; {closest(name, ACTIVATIONS)}")
@@ -188,7 +221,7 @@ class ModelConfig:
             raise ValueError(f"config: unknown head {self.head!r}; {closest(self.head, HEADS)}")
         if not self.norm_epsilon > 0:
             raise ValueError(f"config: norm_epsilon must be positive, got {self.norm_epsilon}")
-        for name in ("dropout", "attention_dropout"):
+        for name in ("dropout", "attention_dropout", "layer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
         if self.head in CLASSIFIERS and not self.classes:
@@ -197,10 +230,36 @@ class ModelConfig:
             raise ValueError(f"config: pad_token {self.pad_token} lies outside the vocabulary of {self.vocabulary}")
         if self.sharing is None:
             object.__setattr__(self, "sharing", Sharing.own(self.layers))
+        self._check_feed_forward_width()
+        self._check_deltas()
         if len(self.sharing.attention) != self.layers:
             raise ValueError(f"sharing: the maps have {len(self.sharing.attention)} entries for {self.layers} layers")
         object.__setattr__(self, "formats", tuple(self.formats))
         self._check_decoder()
+
+    def _check_feed_forward_width(self) -> None:
+        given, sets = self.feed_forward_width, self.sharing.sets("feed_forward")
+        widths = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        if not all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths):
+            raise ValueError(f"config: feed_forward_width must be a positive integer, or several, got {given!r}")
+        if not isinstance(given, int) and len(widths) != sets:
+            raise ValueError(f"config: feed_forward_width needs one entry for each of {sets} sets, got {len(widths)}")
+        object.__setattr__(self, "feed_forward_width", widths[0] if len(set(widths)) == 1 else widths)
+
+    def _check_deltas(self) -> None:
+        if (self.deltas is None) != (not self.sharing.deltas):
+            if self.deltas is None:
+                raise ValueError("config: sharing has a map of deltas, but there are no deltas")
+            own = dataclasses.replace(self.sharing, deltas=tuple(range(self.layers)))
+            object.__setattr__(self, "sharing", own)
+        widths: dict[int, int] = {}
+        for number, inner in zip(self.sharing.deltas, self.sharing.feed_forward, strict=False):
+            width = self.feed_forward_width_of(inner)
+            if widths.setdefault(number, width) != width:
+                raise ValueError(
+                    f"sharing/deltas: set {number} is used by layers whose feed_forward_width differs: "
+                    f"{widths[number]} and {width}"
+                )
 
     def _check_decoder(self) -> None:
         if (self.head == "seq2seq_lm") != (self.decoder is not None and self.head != "none"):
@@ -224,6 +283,11 @@ class ModelConfig:
         """K, the number of key and value heads."""
         return self.key_value_heads or self.heads
 
+    def feed_forward_width_of(self, number: int) -> int:
+        """F of a weight set."""
+        widths = self.feed_forward_width
+        return widths if isinstance(widths, int) else widths[number]
+
     @property
     def table_width(self) -> int:
         """E, the width of the embedding tables."""
@@ -240,6 +304,18 @@ class ModelConfig:
         crossing = bool(self.sharing.cross_attention)
         decoder = None if self.decoder is None else self.decoder.unshared()
         return self.replace(sharing=Sharing.own(self.layers, cross_attention=crossing), decoder=decoder)
+
+    def with_deepnorm(self) -> ModelConfig:
+        """A copy whose layers, and whose decoder's, have DeepNorm's residuals and initialiser (Wang et al. 2022)."""
+
+        def changed(config: ModelConfig, constants: DeepNorm, **more: Any) -> ModelConfig:
+            scales = {"residual_scale": constants.alpha, "initializer_gain": constants.beta}
+            return config.replace(norm_place="post", first_norm=True, initializer="deepnorm", **scales, **more)
+
+        if (decoder := self.decoder) is None:
+            return changed(self, deepnorm(self.layers))
+        decoder = changed(decoder, deepnorm_decoder(decoder.layers))
+        return changed(self, deepnorm_encoder(self.layers, decoder.layers), decoder=decoder)
 
     def with_format(self, address: str, spec: Mapping[str, Any]) -> ModelConfig:
         """Puts a rule for exactly `address` first, in place of an earlier exact one."""
@@ -275,6 +351,8 @@ class ModelConfig:
         values = dict(data)
         if values.get("decoder") is not None:
             values["decoder"] = cls.from_json(values["decoder"])
+        if values.get("sharing") is not None:  # a name stands for maps of so many layers
+            values["sharing"] = read_sharing(values["sharing"], "config/sharing", values["layers"])
         for name, read in _READERS.items():
             if values.get(name) is not None:
                 values[name] = read(values[name], f"config/{name}")

@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from flaxcompress.config.named_sharing import named_maps
 from flaxcompress.config.names import reject_unknown
 
-PARTS = ("attention", "cross_attention", "feed_forward", "norms")
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+PARTS = (*SUBLAYERS, "norms", "deltas")
 _ALWAYS = ("attention", "feed_forward", "norms")
+_NAMED = ("name", "sets", "norms", "cross_attention")
 
 
 class Sets(NamedTuple):
@@ -19,6 +22,7 @@ class Sets(NamedTuple):
     cross_attention: int = 0
     feed_forward: int = 0
     norms: int = 0
+    deltas: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +37,33 @@ class Sharing:
     feed_forward: tuple[int, ...]
     norms: tuple[int, ...]
     cross_attention: tuple[int, ...] = ()
+    deltas: tuple[int, ...] = ()
 
     @classmethod
     def own(cls, layers: int, *, cross_attention: bool = False) -> Sharing:
         """Every layer has weights of its own."""
         each = tuple(range(layers))
         return cls(attention=each, feed_forward=each, norms=each, cross_attention=each if cross_attention else ())
+
+    @classmethod
+    def named(
+        cls, name: str, *, layers: int, sets: int | None = None, norms: str = "shared", cross_attention: bool = False
+    ) -> Sharing:
+        """The maps that have a name.
+
+        Args:
+          name: "own"; "all" layers share everything; "attention" or "feed_forward" alone is shared by all; "sequence"
+            (neighbours: 0 0 1 1 2 2), "cycle" (0 1 2 0 1 2) and "cycle_rev" (0 1 2 2 1 0) of Takase & Kiyono 2021;
+            "pairs" of neighbours.
+          sets: M, the number of stored sets of "sequence", "cycle" and "cycle_rev".
+          norms: "own" norms beside shared matrices, or "shared" ones by the same map; with "attention" and
+            "feed_forward" they are every layer's own.
+          cross_attention: whether layers attend to an encoder: by the map of attention.
+
+        Raises ValueError for unknown names, with the closest one, and for a number of sets that makes no sense.
+        """
+        maps = named_maps(name, layers, sets, norms)
+        return cls(**maps, cross_attention=maps["attention"] if cross_attention else ())
 
     def __post_init__(self):
         lengths = {part: len(getattr(self, part)) for part in PARTS}
@@ -71,8 +96,15 @@ class Sharing:
         return {part: list(getattr(self, part)) for part in self.parts}
 
 
-def read_sharing(data: Any, where: str) -> Sharing:
-    """Reads `Sharing.to_json`'s object. Raises ValueError for unknown and missing parts."""
+def read_sharing(data: Any, where: str, layers: Any = None) -> Sharing:
+    """Reads `Sharing.to_json`'s object, or a name, alone or with `Sharing.named`'s arguments: {"name": "cycle", …}.
+
+    Raises ValueError for unknown and missing parts.
+    """
+    if isinstance(data, str) or (isinstance(data, Mapping) and "name" in data):
+        options: dict[str, Any] = {"name": data} if isinstance(data, str) else dict(data)
+        reject_unknown(where, options, _NAMED)
+        return Sharing.named(**options, layers=layers)
     if not isinstance(data, Mapping):
         raise ValueError(f"{where}: expected an object, got {data!r}")
     reject_unknown(where, data, PARTS)

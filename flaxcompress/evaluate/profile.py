@@ -24,9 +24,11 @@ _PARTS = (  # the first full match decides; what matches none is `REST`
     ("patches", r"embedding/patch/kernel"),
     ("attention", r"layers/\d+/attention/.*/kernel"),
     ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
+    ("deltas", r"layers/\d+/deltas/.*"),
     ("decoder attention", r"decoder/layers/\d+/attention/.*/kernel"),
     ("decoder cross-attention", r"decoder/layers/\d+/cross_attention/.*/kernel"),
     ("decoder feed_forward", r"decoder/layers/\d+/feed_forward/.*/kernel"),
+    ("decoder deltas", r"decoder/layers/\d+/deltas/.*"),
     (REST, r"(decoder/)?(layers/.*|embedding/.*|final_norm/.*)"),
     ("relative positions", r"(decoder/)?relative_bias/.*"),
     ("pooler", r"pooler/.*"),
@@ -222,6 +224,9 @@ def describe(spec: Mapping[str, Any], columns: int | None = None) -> str:
         return "bucketed " + " + ".join(_tier(tier, columns) for tier in spec["tiers"])
     if kind == "banded":
         return "banded " + " ".join(f"{columns}@{bits}" for columns, bits in spec["bands"])
+    if kind == "tensor_train":
+        sizes = ("·".join(map(str, spec[side])) for side in ("rows", "columns"))
+        return f"tensor_train {'×'.join(sizes)}, rank {max(spec['ranks'])}"
     plain = (f"{k} {v}" for k, v in spec.items() if k != "kind" and isinstance(v, (int, float, str)))
     return " ".join([str(kind), *plain])
 

@@ -4,6 +4,8 @@ A matrix is a *kernel* [n, m] (multiplied: x @ W) or a *table* [V, D] (rows look
 function) and one entry in `KINDS`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -200,4 +202,49 @@ class Bucketed(nn.Module):
         return out
 
 
-KINDS = {"dense": dense, "low_rank": LowRank, "quantized": Quantized, "banded": Banded, "bucketed": Bucketed}
+class TensorTrain(nn.Module):
+    """W[i, j] = G_1[:, i_1, j_1, :] · … · G_d[:, i_d, j_d, :], i and j in mixed radix, rows padded up to Π n_k."""
+
+    def __init__(self, spec, shape, table):
+        super().__init__()
+        self.rows, self.padded = shape[0], math.prod(spec["rows"])
+        ranks, self.cores = [1, *spec["ranks"], 1], nn.Module()  # children "0", "1", …: [r_{k-1}, n_k, m_k, r_k]
+        for k, (n, m) in enumerate(zip(spec["rows"], spec["columns"], strict=True)):
+            core = torch.zeros(ranks[k], n, m, ranks[k + 1], dtype=stored(spec.get("dtype", "float32")))
+            setattr(self.cores, str(k), nn.Parameter(core))
+
+    def train_of(self):
+        """The cores in order."""
+        return [getattr(self.cores, str(k)) for k in range(len(list(self.cores.parameters())))]
+
+    def contract(self, x, step, axis):
+        """x [*B, Π a_k] -> [*B, Π b_k], core by core."""
+        y = x.reshape(-1, 1, x.shape[-1])
+        for core in self.train_of():
+            y = y.unflatten(-1, (core.shape[axis], -1))
+            y = torch.einsum(step, y, core.to(x.dtype)).flatten(0, 1)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def forward(self, x):
+        return self.contract(F.pad(x, (0, self.padded - self.rows)), "brnz,rnms->bmsz", 1)
+
+    def attend(self, x):
+        return self.contract(x, "brmz,rnms->bnsz", 2)[..., : self.rows]
+
+    def take(self, ids):
+        y, below = torch.ones(*ids.shape, 1, 1, device=ids.device), self.padded
+        for core in self.train_of():
+            below //= core.shape[1]
+            slices = core.float()[:, ids // below % core.shape[1]]  # [r, *B, m_k, s]
+            y = torch.einsum("...ar,r...ms->...ams", y, slices).flatten(-3, -2)
+        return y[..., 0]
+
+
+KINDS = {
+    "dense": dense,
+    "low_rank": LowRank,
+    "quantized": Quantized,
+    "banded": Banded,
+    "bucketed": Bucketed,
+    "tensor_train": TensorTrain,
+}

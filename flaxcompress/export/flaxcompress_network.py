@@ -19,6 +19,9 @@ ACTIVATIONS = {
 }
 
 
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+
+
 class States(NamedTuple):
     """What a stack of layers gives; fields that were not asked for, or that the structure lacks, are None."""
 
@@ -43,6 +46,8 @@ class Network:
         self.narrow = c["embedding_width"] or c["width"]
         self.attention = attention_kind(structure)()
         self.cross_attention = CrossAttention()
+        self.kernels = {}  # {address of a linear map: (n, m)}
+        self.deltas = None  # the address of the running layer's deltas
         self._declare()
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -65,16 +70,29 @@ class Network:
             self.attention.declare(self, f"layers/{number}/attention")
         for number in sets.get("cross_attention", ()):
             self.cross_attention.declare(self, f"layers/{number}/cross_attention")
+        inner = c["feed_forward_width"]  # a list has one for each weight set
         for number in sets["feed_forward"]:
-            self._declare_feed_forward(f"layers/{number}/feed_forward")
+            self._declare_feed_forward(
+                f"layers/{number}/feed_forward", inner[number] if isinstance(inner, list) else inner
+            )
         for number in sets["norms"]:
-            for name in sets:
-                if name != "norms" and (name != "attention" or c["first_norm"] or number):
-                    self.add_norm(f"layers/{number}/norms/{name}", width)
+            for name in self.norm_names(number):
+                self.add_norm(f"layers/{number}/norms/{name}", width)
+        for number in sets.get("deltas", ()):
+            self._declare_deltas(number, c["sharing"]["deltas"].index(number))
         if c["final_norm"]:
             self.add_norm("final_norm", width)
         if c["pooler"]:
             self.add_linear("pooler/dense", width, width)
+
+    def norm_names(self, number):
+        """The norms of a weight set: one per sublayer, two in a sandwich, one for all where parallel ones share it."""
+        c = self.structure
+        sublayers = [name for name in SUBLAYERS if name in c["sharing"]]
+        names = sublayers[:1] if c["parallel"] == "one_norm" else list(sublayers)
+        if not c["first_norm"] and number == 0:
+            names.remove("attention")
+        return names + [f"{name}_after" for name in sublayers if c["norm_place"] == "sandwich"]
 
     def _declare_tables(self):
         c = self.structure
@@ -87,11 +105,22 @@ class Network:
         if c["embedding_norm"]:
             self.add_norm("embedding/norm", self.narrow)
 
-    def _declare_feed_forward(self, address):
-        c, inner, bias = self.structure, self.structure["feed_forward_width"], self.structure["feed_forward_bias"]
+    def _declare_feed_forward(self, address, inner):
+        c, bias = self.structure, self.structure["feed_forward_bias"]
         for name in ("gate", "up") if c["gated"] else ("up",):
             self.add_linear(f"{address}/{name}", c["width"], inner, bias)
         self.add_linear(f"{address}/down", inner, c["width"], bias)
+
+    def _declare_deltas(self, number, layer):
+        """Two factors for each linear map that they change, of which the shapes are those in a layer that uses them."""
+        c, deltas = self.structure, self.structure["deltas"]
+        for part in SUBLAYERS:
+            base = f"layers/{c['sharing'][part][layer]}/" if part in c["sharing"] else None
+            for address, (n, m) in list(self.kernels.items()):
+                target = address.removeprefix(base or "/")
+                if base and target.startswith(f"{part}/") and any(re.fullmatch(p, target) for p in deltas["targets"]):
+                    self._add(f"layers/{number}/deltas/{target}/down", (n, deltas["rank"]))
+                    self._add(f"layers/{number}/deltas/{target}/up", (deltas["rank"], m))
 
     def _add(self, address, shape, table=False):
         address = self.prefix + address
@@ -108,6 +137,7 @@ class Network:
 
     def add_linear(self, address, n, m, bias=True):
         """A kernel [n, m] and its bias."""
+        self.kernels[address] = n, m
         self._add(f"{address}/kernel", (n, m))
         if bias:
             self.add_vector(f"{address}/bias", m)
@@ -129,7 +159,13 @@ class Network:
     def linear(self, x, address):
         """x @ kernel + bias, [*B, n] -> [*B, m]; the bias may be absent."""
         y = matmul(x, self.weight(f"{address}/kernel"))
-        return y + self.weight(f"{address}/bias").to(x.dtype) if self.has(f"{address}/bias") else y
+        y = y + self.weight(f"{address}/bias").to(x.dtype) if self.has(f"{address}/bias") else y
+        delta = f"{self.deltas}/{address.split('/', 2)[-1]}"
+        if self.deltas is None or not self.has(f"{delta}/down"):
+            return y
+        deltas = self.structure["deltas"]
+        scale = 1.0 if deltas["alpha"] is None else deltas["alpha"] / deltas["rank"]
+        return y + matmul(matmul(x, self.weight(f"{delta}/down")), self.weight(f"{delta}/up")) * scale
 
     def norm(self, x, address):
         """The model's norm over the last axis, computed in float32, returned in x's dtype."""
@@ -281,12 +317,15 @@ class Network:
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
             local = c["local"][layer]
             kept = None if past is None else (past, layer)
+            self.deltas = at.get("deltas")
+            rate = c["layer_dropout"] * (layer + 1) / c["layers"]
             x, *probabilities = self.layer(
-                x, at, seen._replace(mask=masks[local], turn=turns[local], past=kept), need_attentions
+                x, at, seen._replace(mask=masks[local], turn=turns[local], past=kept), need_attentions, rate
             )
             states.append(x)
             attentions.append(probabilities[0])
             crossed.append(probabilities[1])
+        self.deltas = None
         if c["final_norm"]:
             x = states[-1] = self.norm(x, "final_norm")
         return States(
@@ -297,26 +336,36 @@ class Network:
             tuple(crossed) if need_attentions and "cross_attention" in c["sharing"] else None,
         )
 
-    def layer(self, x, at, seen, need_attentions):
+    def layer(self, x, at, seen, need_attentions, rate):
         """One layer: its output and, when asked for, its probabilities on tokens and on the encoder's."""
-        x, probabilities = self.residual(
-            x, f"{at['norms']}/attention", lambda x: self.attention(self, x, at["attention"], seen, need_attentions)
-        )
-        crossed = None
+        norms, parallel = at["norms"], self.structure["parallel"] != "none"
+        attend = lambda x: self.attention(self, x, at["attention"], seen, need_attentions)  # noqa: E731
+        feed = lambda x: (self.feed_forward(x, at["feed_forward"]), None)  # noqa: E731
+        together = {"attention": attend, "feed_forward": feed} if parallel else {"attention": attend}
+        x, other = self.residual(x, norms, together, rate)
+        crossed = {}
         if "cross_attention" in at:
             attend = lambda x: self.cross_attention(self, x, at["cross_attention"], seen, need_attentions)  # noqa: E731
-            x, crossed = self.residual(x, f"{at['norms']}/cross_attention", attend)
-        feed = lambda x: (self.feed_forward(x, at["feed_forward"]), None)  # noqa: E731
-        x, _ = self.residual(x, f"{at['norms']}/feed_forward", feed)
-        return x, probabilities, crossed
+            x, crossed = self.residual(x, norms, {"cross_attention": attend}, rate)
+        if not parallel:
+            x, _ = self.residual(x, norms, {"feed_forward": feed}, rate)
+        return x, other["attention"], crossed.get("cross_attention")
 
-    def residual(self, x, norm, sublayer):
-        """x with what a sublayer makes of it added, normalised before or after."""
-        if self.structure["norm_place"] == "pre":
-            y, other = sublayer(self.norm(x, norm) if self.has(f"{norm}/scale") else x)
-            return x + self.drop(y), other
-        y, other = sublayer(x)
-        return self.norm(x + self.drop(y), norm), other
+    def residual(self, x, norms, sublayers, rate):
+        """x with what sublayers make of it added, normalised before, after, or both; and what else they returned.
+
+        While training, an example does with probability `rate` without what one adds.
+        """
+        c, other = self.structure, {}
+        before, total = c["norm_place"] != "post", x * c["residual_scale"]
+        for name, sublayer in sublayers.items():
+            norm = f"{norms}/{'attention' if c['parallel'] == 'one_norm' else name}"
+            y, other[name] = sublayer(self.norm(x, norm) if before and self.has(f"{norm}/scale") else x)
+            y = self.norm(self.drop(y), f"{norms}/{name}_after") if c["norm_place"] == "sandwich" else self.drop(y)
+            if self.root.training and rate:
+                y = y * (torch.rand(len(y), 1, 1, device=y.device) >= rate) / (1 - rate)
+            total = total + y
+        return total if before else self.norm(total, f"{norms}/{next(iter(sublayers))}"), other
 
     def feed_forward(self, x, address):
         """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""

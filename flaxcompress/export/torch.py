@@ -16,6 +16,7 @@ from flaxcompress import storage, tree
 from flaxcompress.config import GENERATING, ModelConfig
 from flaxcompress.encoding import pool, sentence_vectors
 from flaxcompress.export.code import NAME, check_code
+from flaxcompress.export.merge import merge_deltas
 from flaxcompress.export.quiet import quiet_transformers
 from flaxcompress.families import FAMILIES
 from flaxcompress.families.base import Names, write_tensors
@@ -32,6 +33,7 @@ from flaxcompress.text import (
     tokenizer_config_file,
 )
 
+_LAYER_FIELDS = ("norm_place", "residual_scale", "parallel")  # how sublayers are added up; other families differ in it
 FLOAT_TOLERANCE = 1e-4
 INTEGER_TOLERANCE = 2e-3
 SENTENCES = (
@@ -80,8 +82,10 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
 
 def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """The config without formats and sharing, and {the family's tensor name: float32 array} of a stock checkpoint."""
+    model = merge_deltas(model)
     flat = tree.flatten(model.params)
     family = FAMILIES[model.config.family]
+    _check_stock(model.config)
     config = model.config.replace(formats=())
     if not family.shares:
         config = config.unshared()
@@ -96,6 +100,21 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         names[address] = where if address.startswith("head/") else where._replace(name=prefix + where.name)
     own = {a: arrays[a if family.shares else stored_address(model.config, a)] for a in names}
     return config, write_tensors(names, own)
+
+
+def _check_stock(config: ModelConfig) -> None:
+    """Raises ValueError for a structure that no stock class of the family has."""
+    hint = "save the model instead: its folder runs in PyTorch too"
+    if not isinstance(config.feed_forward_width, int):
+        raise ValueError(
+            f"export: stock {config.family} layers have one feed_forward_width, but this model's are "
+            f"{list(config.feed_forward_width)}; {hint}"
+        )
+    family = FAMILIES[config.family]
+    stock = family.read_config(family.write_config(config))
+    for name in _LAYER_FIELDS:
+        if (value := getattr(config, name)) != (own := getattr(stock, name)):
+            raise ValueError(f"export: stock {config.family} layers have {name} {own!r}, not {value!r}; {hint}")
 
 
 def stored_address(config: ModelConfig, address: str) -> str:

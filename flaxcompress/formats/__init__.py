@@ -26,6 +26,7 @@ from flaxcompress.formats.fake_quantized import FakeQuantized, thaw
 from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank
 from flaxcompress.formats.quantized import Quantized, QuantizedSpec
 from flaxcompress.formats.rows import RowFormat, RowSpec
+from flaxcompress.formats.tensor_train import TensorTrain, TensorTrainSpec
 
 __all__ = [
     "Banded",
@@ -42,6 +43,8 @@ __all__ = [
     "RowFormat",
     "RowSpec",
     "Spec",
+    "TensorTrain",
+    "TensorTrainSpec",
     "Tier",
     "attend",
     "break_even_rank",

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Integer
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
 from flaxcompress.nn.add_norm import Norm
+from flaxcompress.nn.initializer import table_initializer
 from flaxcompress.nn.linear import Linear, weight
 
 
@@ -36,7 +37,7 @@ class Embedding(nn.Module):
 
         def table(name, rows):
             spec = spec_for(config, f"{self.prefix}embedding/{name}")
-            initializer = nn.initializers.normal(config.initializer_range)
+            initializer = table_initializer(config)
             return weight(self, name, lambda key: spec.init(key, (rows, config.table_width), initializer, table=True))
 
         if config.vocabulary:

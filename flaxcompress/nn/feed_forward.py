@@ -11,14 +11,19 @@ from flaxcompress.ops import activate
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))), [*B, D] -> [*B, D] through width F; gated: down(activation(gate(x)) * up(x))."""
+    """down(activation(up(x))), [*B, D] -> [*B, D] through width F; gated: down(activation(gate(x)) * up(x)).
+
+    Attributes:
+      inner: F.
+    """
 
     config: ModelConfig
     address: str
+    inner: int
 
     def setup(self):
         config, address = self.config, self.address
-        width, inner, bias = config.width, config.feed_forward_width, config.feed_forward_bias
+        width, inner, bias = config.width, self.inner, config.feed_forward_bias
         self.up = Linear(config, f"{address}/up", width, inner, bias)
         self.gate = Linear(config, f"{address}/gate", width, inner, bias) if config.gated else None
         self.down = Linear(config, f"{address}/down", inner, width, bias)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
 from flaxcompress.formats.base import vector_init
+from flaxcompress.nn.initializer import table_initializer
 from flaxcompress.nn.linear import Linear, weight
 
 
@@ -41,7 +42,7 @@ class ImageEmbedding(nn.Module):
         config = self.config
         patches = config.patches
         assert patches is not None
-        normal, width = nn.initializers.normal(config.initializer_range), config.width
+        normal, width = table_initializer(config), config.width
         self.patch = Linear(config, "embedding/patch", patches.channels * patches.size**2, width)
         first = vector_init(config, "embedding/first", normal)
         self.first = weight(self, "first", first, (width,))

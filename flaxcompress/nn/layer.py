@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,9 +46,8 @@ class Layer(nn.Module):
         self.attention = attention_kind(config)(config, at["attention"])
         if config.sharing.cross_attention:
             self.cross_attention = CrossAttention(config, at["cross_attention"])
-        self.feed_forward = FeedForward(config, at["feed_forward"])
-        sublayers = tuple(part for part in config.sharing.parts if part != "norms")
-        self.norms = Norms(config, sublayers, sets.norms, self.prefix)
+        self.feed_forward = FeedForward(config, at["feed_forward"], config.feed_forward_width_of(sets.feed_forward))
+        self.norms = Norms(config, sets.norms, self.prefix)
         self.drop = nn.Dropout(config.dropout)
 
     def __call__(
@@ -58,8 +58,9 @@ class Layer(nn.Module):
         cache: LayerCache | None = None,
         deterministic: bool = True,
         need_probabilities: bool = False,
+        drop_rate: Any = None,
     ) -> LayerOutput:
-        """Runs the layer; `cache` is given while decoding."""
+        """Runs the layer; `cache` is given while decoding, `drop_rate` (see `Norms.residual`) while training."""
         need = {"deterministic": deterministic, "need_probabilities": need_probabilities}
 
         def attend(x: Any) -> Any:
@@ -73,9 +74,14 @@ class Layer(nn.Module):
         def feed(x: Any) -> Any:
             return self.drop(self.feed_forward(x), deterministic=deterministic), None
 
-        x, (probabilities, cache) = self.norms.residual("attention", x, attend)
+        residual = functools.partial(self.norms.residual, drop_rate=drop_rate)
+        together = {"attention": attend, **({} if self.config.parallel == "none" else {"feed_forward": feed})}
+        x, other = residual(x, together)
+        probabilities, cache = other["attention"]
         cross = None
         if self.config.sharing.cross_attention:
-            x, (cross, cache) = self.norms.residual("cross_attention", x, attend_to_memory)
-        x, _ = self.norms.residual("feed_forward", x, feed)
+            x, other = residual(x, {"cross_attention": attend_to_memory})
+            cross, cache = other["cross_attention"]
+        if "feed_forward" not in together:
+            x, _ = residual(x, {"feed_forward": feed})
         return LayerOutput(x, probabilities, cross, cache)

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
+from flaxcompress.nn.initializer import kernel_initializer
 
+DELTAS = "deltas"  # the collection in which a layer's linear maps find their low-rank deltas
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
 
 
@@ -45,7 +47,7 @@ class Linear(nn.Module):
 
     def setup(self):
         spec = spec_for(self.config, f"{self.address}/kernel")
-        initializer = nn.initializers.normal(self.config.initializer_range)
+        initializer = kernel_initializer(self.config, self.address, self.in_features, self.features)
         shape = (self.in_features, self.features)
         self.kernel = weight(self, "kernel", lambda key: spec.init(key, shape, initializer, table=False))
         zeros = vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init())
@@ -58,7 +60,14 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
         y = matmul(x, self.kernel)
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
+        return self.adapted(x, y if self.bias is None else y + self.bias.astype(x.dtype))
+
+    def adapted(self, x: Float[Array, "*B n"], y: Float[Array, "*B m"]) -> Float[Array, "*B m"]:
+        """y with this map's delta of x added, where the layer has one (see `nn/deltas.py`)."""
+        if self.config.deltas is None or not self.has_variable(DELTAS, "down"):
+            return y
+        down, up = self.get_variable(DELTAS, "down"), self.get_variable(DELTAS, "up")
+        return y + matmul(matmul(x, down), up) * jnp.asarray(self.config.deltas.scale, x.dtype)
 
 
 def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:
@@ -82,4 +91,5 @@ def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list
     for linear in linears[:-1]:
         total += linear.features
         ends.append(total)
-    return jnp.split(y, ends, axis=-1)
+    parts = jnp.split(y, ends, axis=-1)
+    return [linear.adapted(x, part) for linear, part in zip(linears, parts, strict=True)]

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Integer
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
+from flaxcompress.nn.initializer import table_initializer
 from flaxcompress.nn.linear import weight
 
 
@@ -44,7 +45,7 @@ class RelativeBias(nn.Module):
     @nn.compact
     def __call__(self, queries: Integer[Array, " T"], keys: Integer[Array, " S"]) -> Float[Array, "H T S"]:
         config = self.config
-        address, normal = f"{self.prefix}relative_bias/table", nn.initializers.normal(config.initializer_range)
+        address, normal = f"{self.prefix}relative_bias/table", table_initializer(config)
         spec, shape = spec_for(config, address), (config.relative_buckets, config.heads)
         table = weight(self, "table", lambda key: spec.init(key, shape, normal, table=True))
         sizes = {"buckets": config.relative_buckets, "distance": config.relative_distance}

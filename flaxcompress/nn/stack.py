@@ -7,6 +7,7 @@ scan, a part with a single set is closed over, any other map gathers its set by 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,10 +18,13 @@ from jaxtyping import Array, Float
 
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig, Sets
+from flaxcompress.nn.add_norm import norm_names
 from flaxcompress.nn.cache import LayerCache, laid_out, stored
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.deltas import init_deltas, layer_variables
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
+from flaxcompress.nn.remat import rematerialised
 
 Record = Callable[[Any, Any], Any]
 
@@ -69,17 +73,59 @@ def segments(config: ModelConfig, layers: dict[str, Any]) -> list[Segment]:
 
 
 def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[str, Any]:
-    """The stacked parameters of all weight sets, `params["layers"]`."""
+    """The stacked parameters of all weight sets, `params["layers"]`: sets of one structure are drawn by one program."""
     x = jnp.zeros((1, 1, config.width))
     context = Context(memory=x) if config.sharing.cross_attention else Context()
-    flat: dict[str, Any] = {}
+
+    def draw(part: str, number: int, key: jax.Array) -> Any:
+        used = part == "deltas"  # by a layer whose linear maps they fit
+        sets = config.sharing.of_layer(config.sharing.deltas.index(number)) if used else Sets(**{part: number})
+        draw_layer = functools.partial(Layer(config, sets, prefix, parent=None).init, key, x, context)
+        if used:
+            shapes: Any = jax.eval_shape(draw_layer)
+            return init_deltas(config, key, f"{prefix}layers/{number}/deltas", shapes["params"])
+        return draw_layer()["params"][part]  # pyright: ignore[reportIndexIssue]
+
+    def shapes(part: str, number: int) -> Any:
+        return jax.eval_shape(functools.partial(draw, part, number), key)
+
+    layers: dict[str, Any] = {}
     for index, part in enumerate(PARTS):
-        for number in range(config.sharing.sets(part) if part in config.sharing.parts else 0):
-            layer = Layer(config, Sets(**{part: number}), prefix, parent=None)
-            layer_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            one = layer.init(layer_key, x, context)["params"][part]  # pyright: ignore[reportIndexIssue]
-            flat.update(tree.walk(one, f"layers/{number}/{part}"))
-    return tree.unflatten(flat)["layers"]
+        if part not in config.sharing.parts:
+            continue
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, index)))
+        runs = [
+            jax.vmap(functools.partial(draw, part, numbers[0]))(keys(jnp.arange(numbers[0], numbers[-1] + 1)))
+            for numbers in _alike(config, part, functools.partial(shapes, part), prefix)
+        ]
+        layers[part] = tree.join_runs(runs)
+    return layers
+
+
+def _alike(config: ModelConfig, part: str, shapes: Callable[[int], Any], prefix: str) -> list[list[int]]:
+    """Neighbouring weight sets of a part whose matrices have the same shapes and format rules."""
+    inner = config.feed_forward_width_of
+    structures: dict[str, Callable[[int], Any]] = {
+        "feed_forward": inner,
+        "norms": lambda n: tuple(norm_names(config, n)),
+        "deltas": lambda n: inner(config.sharing.feed_forward[config.sharing.deltas.index(n)]),
+    }
+    structure = structures.get(part, lambda _: None)
+    paths: dict[Any, list[str]] = {}
+    found: list[list[int]] = []
+    before = None
+    for number in range(config.sharing.sets(part)):
+        kind = structure(number)
+        if kind not in paths:
+            paths[kind] = [path for path, _ in tree.walk(shapes(number), "")]
+        at = f"{prefix}layers/{number}/{part}"
+        here = kind, [config.format_rule(f"{at}/{path}") for path in paths[kind]]
+        if here == before:
+            found[-1].append(number)
+        else:
+            found.append([number])
+        before = here
+    return found
 
 
 class Stack(nn.Module):
@@ -99,8 +145,12 @@ class Stack(nn.Module):
         need_hidden_states: bool = False,
         need_attentions: bool = False,
         record: Record | None = None,
+        remat: str = "none",
     ) -> StackOutput:
-        """Runs the layers; `record(inputs, mask)` reduces what each kernel is multiplied by (see `Linear`)."""
+        """Runs the layers; `record(inputs, mask)` reduces what each kernel is multiplied by (see `Linear`).
+
+        `remat` says what a gradient computes again instead of keeping it (see `nn/remat.py`).
+        """
         config, parts = self.config, self.config.sharing.parts
         if self.is_initializing():
             layers = init_layers(config, self.make_rng("params"), self.prefix)
@@ -112,7 +162,7 @@ class Stack(nn.Module):
         hidden, attentions, crossed, recorded, added = [], [], [], [], []
         for segment in segments(config, layers):
             need = (need_hidden_states, need_attentions, record)
-            x, outputs = self._scan(segment, layers, x, context, cache, dropout_key, *need)
+            x, outputs = self._scan(segment, layers, x, context, cache, dropout_key, remat, *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             crossed.append(outputs[2])
@@ -130,7 +180,9 @@ class Stack(nn.Module):
             cache,
         )
 
-    def _scan(self, segment, layers, x, context, cache, dropout_key, need_hidden_states, need_attentions, record):
+    def _scan(
+        self, segment, layers, x, context, cache, dropout_key, remat, need_hidden_states, need_attentions, record
+    ):
         config = self.config
         first, last, runs = segment
         module = Layer(config, config.sharing.of_layer(first), self.prefix, parent=None)
@@ -152,14 +204,16 @@ class Stack(nn.Module):
             params = {**closed, **slices}
             for part, (run, _) in picked.items():
                 params[part] = jax.tree.map(lambda leaf, i=indices[part]: leaf[i], run)
+            drops = config.layer_dropout if dropout_key is not None else 0.0
             rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, number)}
             out, recorded = module.apply(
-                {"params": params},
+                layer_variables(params),
                 x,
                 context.within(windows[0] if alike else is_local),
                 cache=None if kept is None else LayerCache(kept, context.slots, {}, {}),
                 deterministic=dropout_key is None,
                 need_probabilities=need_attentions,
+                drop_rate=drops * (number + 1) / config.layers if drops else None,
                 rngs=rngs,
                 mutable=[INPUTS] if record is not None else [],
             )
@@ -170,7 +224,9 @@ class Stack(nn.Module):
 
         indices = {part: local for part, (_, local) in picked.items()}
         steps = (jnp.arange(first, last), scanned, indices, None if alike else jnp.asarray(windows))
-        if last - first > 1 and not laid_out(cache):
+        loops = last - first > 1 and not laid_out(cache)
+        body = rematerialised(body, remat, scanned=loops)
+        if loops:
             kept = jax.tree.map(lambda array: array[first:last], cache)
             return jax.lax.scan(body, x, (*steps, kept))
         found = []

@@ -52,7 +52,7 @@ class Transformer(nn.Module):
     """[B, T] token ids -> `TransformerOutput`; computes in `dtype`, norms and softmax in float32.
 
     With a decoder, `ids` are the encoder's; the decoder's make it run too. With `last_logits` a language-modelling head
-    sees the last token only.
+    sees the last token only. `remat` ("none", "full" or "dots") trades a gradient's memory for time (`nn/remat.py`).
 
     Attributes:
       prefix: what the addresses begin with: "" or "decoder/".
@@ -94,10 +94,11 @@ class Transformer(nn.Module):
         last_logits: bool = False,
         record: Record | None = None,
         vectors: Float[Array, "B T D"] | None = None,
+        remat: str = "none",
     ) -> TransformerOutput:
         config = self.config
         need = {"deterministic": deterministic, "need_hidden_states": need_hidden_states, "record": record}
-        need["need_attentions"] = need_attentions
+        need |= {"need_attentions": need_attentions, "remat": remat}
         if config.decoder is None:
             out = self.body(ids, mask, segments, cache=cache, vectors=vectors, **need)
         else:
@@ -129,6 +130,7 @@ class Transformer(nn.Module):
         need_hidden_states: bool = False,
         need_attentions: bool = False,
         record: Record | None = None,
+        remat: str = "none",
     ) -> TransformerOutput:
         """Embeddings, layers, final norm and pooler."""
         config = self.config
@@ -142,6 +144,7 @@ class Transformer(nn.Module):
             need_hidden_states=need_hidden_states,
             need_attentions=need_attentions,
             record=record,
+            remat=remat,
         )
         x = self.final_norm(out.x) if config.final_norm else out.x
         hidden = jnp.concatenate([out.hidden_states, x[None]]) if need_hidden_states else None

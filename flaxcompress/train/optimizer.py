@@ -19,7 +19,7 @@ class Rates:
       weights: of matrices (dense or latent), relative to their root mean square: Adam's unit step moves a weight by
         this fraction of a typical weight. Factors of very different sizes can then share one rate.
       scales: of the logarithms of quantization scales.
-      vectors: of biases and norms, absolute.
+      vectors: of biases, norms and deltas (half of which start at zero), absolute.
     """
 
     weights: float = 6e-3
@@ -49,7 +49,7 @@ def label(path: tuple[Any, ...], leaf: Any) -> str:
     names = [str(getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", "")))) for entry in path]
     if names[-1] == "log_scale":
         return "scales"
-    if names[-1] in ("bias", "scale"):
+    if names[-1] in ("bias", "scale") or "deltas" in names:
         return "vectors"
     return "weights"
 

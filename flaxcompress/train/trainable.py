@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import tree
-from flaxcompress.formats import FakeQuantized, Format, RowFormat, map_parts, spec_for, thaw
+from flaxcompress.formats import FakeQuantized, Format, RowFormat, map_parts, thaw
 from flaxcompress.model import Model
 
 
@@ -35,10 +35,11 @@ def thaw_model(model: Model, original: Model | None = None) -> Any:
 def _thaw(node: Any, source: np.ndarray | None) -> Any:
     if isinstance(node, RowFormat):
         return thaw(node, source.T if source is not None and node.transposed else source)
-    if isinstance(node, Format):
+    if isinstance(node, Format) and node.parts():
         targets = node.part_targets(source)
         return node.with_parts([_thaw(part.node, dense) for part, dense in zip(node.parts(), targets, strict=True)])
-    return node.astype(jnp.float32) if jnp.issubdtype(node.dtype, jnp.floating) else node
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if floating(leaf) else leaf, node)
 
 
 def _freeze(node: Any, table: bool) -> Any:
@@ -47,13 +48,11 @@ def _freeze(node: Any, table: bool) -> Any:
 
 
 def freeze_model(params: Any, model: Model) -> Model:
-    """The model with trained parameters in the stored formats that `model.config` asks for."""
-    flat = {}
+    """The model with trained parameters in the formats and storage dtypes that it has."""
+    flat, stored = {}, tree.View(tree.abstract(model.params))
     for address, node in tree.flatten(params).items():
         frozen = map_parts(node, _freeze, table=False)
-        if not isinstance(frozen, Format):
-            frozen = frozen.astype(getattr(spec_for(model.config, address), "dtype", "float32"))
-        flat[address] = frozen
+        flat[address] = jax.tree.map(lambda new, old: new.astype(old.dtype), frozen, stored[address])
     return model.replace(params=tree.unflatten(flat))  # pyright: ignore[reportAttributeAccessIssue]
 
 
