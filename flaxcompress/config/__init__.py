@@ -1,5 +1,6 @@
 """ModelConfig and its parts: frozen, validated on construction, JSON both ways."""
 
+from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.format_rule import FormatRule
 from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConfig
 from flaxcompress.config.names import closest, reject_unknown
@@ -12,6 +13,7 @@ __all__ = [
     "CLASSIFIERS",
     "HEADS",
     "PARTS",
+    "Classifier",
     "FormatRule",
     "ModelConfig",
     "Patches",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.part import part_reader
@@ -14,7 +15,7 @@ from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
 from flaxcompress.config.sharing import Sharing, read_sharing
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
@@ -27,6 +28,7 @@ _READERS: dict[str, Any] = {
     "sharing": read_sharing,
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
+    "classifier": part_reader(Classifier),
     "formats": read_rules,
 }
 
@@ -57,6 +59,7 @@ class ModelConfig:
       rotary: rotary positions; None: none.
       patches: images instead of token ids: `vocabulary` is then 0.
       classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token.
+      classifier: what such a head does before its map to the classes.
       position_embedding: what is added to the embeddings: a "learned" table of positions, "sinusoidal" ones (Vaswani et
         al. 2017, §3.5; all sines before all cosines) or "none".
       embedding_scale: the token table's rows are multiplied by it.
@@ -111,6 +114,7 @@ class ModelConfig:
     rotary: Rotary | None = None
     patches: Patches | None = None
     classes: int = 0
+    classifier: Classifier = Classifier()  # noqa: RUF009  (frozen)
     position_embedding: str = "learned"
     embedding_norm: bool = True
     gated: bool = False
@@ -190,6 +194,8 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.classifier.pooling == "last_unpadded" and self.patches is not None:
+            raise ValueError("config: classifier: a model of images has no padding; use pooling 'last'")
         if self.head in CLASSIFIERS and not self.classes:
             raise ValueError(f"config: a head {self.head!r} needs classes, the number of classes")
         if self.vocabulary and not 0 <= self.pad_token < self.vocabulary:

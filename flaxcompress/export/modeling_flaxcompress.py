@@ -71,7 +71,11 @@ class FlaxCompressModel(PreTrainedModel):
             net.add_linear("head/transform", c["width"], c["width"])
             net.add_linear("head/output", c["width"], 1)
         elif c["classes"]:
-            net.add_linear("head/output", c["width"], c["classes"])
+            if c["classifier"]["transform"]:
+                net.add_linear("head/transform", c["width"], c["width"], c["head_bias"])
+            if c["classifier"]["norm"]:
+                net.add_norm("head/norm", c["width"])
+            net.add_linear("head/output", c["width"], c["classes"], c["classifier"]["bias"])
         elif c["head"] in ("causal_lm", "seq2seq_lm"):
             if not c["tied"]:
                 net.add_linear("head/output", c["width"], c["vocabulary"], bias=False)
@@ -113,6 +117,27 @@ class FlaxCompressModel(PreTrainedModel):
         tied = c["tied"]
         y = attend(x, net.weight("embedding/token")) if tied else matmul(x, net.weight("head/output/kernel"))
         return y.float() + net.weight("head/bias").float() if c["logit_bias"] else y.float()
+
+    def pool(self, out, ids, mask):
+        """One vector [B, D] for each sequence, as the classifier's pooling says."""
+        how, x = self.structure["classifier"]["pooling"], out.last_hidden_state
+        if how == "pooler" and out.pooler_output is not None:
+            return out.pooler_output
+        if how in ("pooler", "first"):
+            return x[:, 0]
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.ne(0)
+        if how == "mean":
+            return ((x.float() * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+        counted = real if how == "last" else ids.ne(self.structure["pad_token"])
+        last = (counted * torch.arange(x.shape[1], device=x.device)).amax(1)  # the first token where none counts
+        return x[torch.arange(len(x), device=x.device), last]
+
+    def classify(self, x):
+        """Class logits, float32, after the classifier's transform and norm, where it has them."""
+        net, classifier = self.network, self.structure["classifier"]
+        x = net.head_activation(net.linear(x, "head/transform")) if classifier["transform"] else x
+        x = net.norm(x, "head/norm") if classifier["norm"] else x
+        return net.linear(x, "head/output").float()
 
     def _answer(self, out, return_dict):
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
@@ -246,8 +271,8 @@ class FlaxCompressForClassification(FlaxCompressModel):
         out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
         y: torch.Tensor = out.last_hidden_state  # type: ignore
         if self.structure["head"] == "sequence_classification":
-            y = y[:, 0] if out.pooler_output is None else out.pooler_output
-        logits = self.network.linear(y, "head/output").float()
+            y = self.pool(out, input_ids, attention_mask)
+        logits = self.classify(y)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2), labels.flatten())
         kept = {"hidden_states": out.hidden_states, "attentions": out.attentions}
         return self._answer(TokenClassifierOutput(loss=loss, logits=logits, **kept), return_dict)
@@ -271,7 +296,7 @@ class FlaxCompressForQuestionAnswering(FlaxCompressModel):
     ):
         """[B, T] token ids -> start_logits and end_logits; with positions, also their mean loss."""
         out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
-        start, end = self.network.linear(out.last_hidden_state, "head/output").float().unbind(-1)
+        start, end = self.classify(out.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2

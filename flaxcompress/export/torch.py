@@ -81,7 +81,7 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         flat["embedding/segment"] = np.zeros((1, config.table_width), np.float32)
     arrays = {address: np.asarray(materialize(node), np.float32) for address, node in flat.items()}
     # Under a head, transformers keeps the encoder's tensors below the family's name and the head's beside it.
-    prefix = family.prefix if config.head != "none" else ""
+    prefix = family.prefix(config.head) if config.head != "none" else ""
     names = Names()
     for address, where in family.names(config).items():
         names[address] = where if address.startswith("head/") else where._replace(name=prefix + where.name)

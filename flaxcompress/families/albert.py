@@ -87,6 +87,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     shares=True,
     renames=RENAMES,
     ignored=(*IGNORED, r"predictions\.decoder\.(weight|bias)"),  # tied to the token table and to predictions.bias

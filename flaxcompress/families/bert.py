@@ -129,6 +129,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     renames=RENAMES,
     ignored=(*IGNORED, r"cls\.predictions\.decoder\.(weight|bias)"),  # tied to the token table and cls.predictions.bias
     head_prefixes=("cls.", "classifier.", "qa_outputs.", "pooler."),

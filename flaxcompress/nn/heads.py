@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,6 +14,22 @@ from flaxcompress.formats.base import vector_init
 from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.linear import Linear
 from flaxcompress.ops import activate
+
+
+class HeadInputs(NamedTuple):
+    """What a head may read beside the last layer's output x [B, T, D]; fields that there are not are None.
+
+    Attributes:
+      table: the token table, in its format.
+      pooled: the pooler's output, [B, D].
+      ids: the token ids, [B, T].
+      mask: which tokens are no padding, [B, T]; None: all.
+    """
+
+    table: Any = None
+    pooled: Any = None
+    ids: Any = None
+    mask: Any = None
 
 
 class Pooler(nn.Module):
@@ -31,14 +49,13 @@ class MaskedLM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T V"]:
-        del pooled
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T V"]:
         config = self.config
         y = Linear(config, "head/transform", config.width, config.table_width, config.head_bias, name="transform")(x)
         y = activate(y, config.head_activation or config.activation)
         y = Norm(config, "head/norm", name="norm")(y).astype(x.dtype)
         bias = self.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
-        return attend(y, table).astype(jnp.float32) + bias
+        return attend(y, given.table).astype(jnp.float32) + bias
 
 
 class ReplacedToken(nn.Module):
@@ -47,8 +64,8 @@ class ReplacedToken(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T"]:
-        del table, pooled
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T"]:
+        del given
         config = self.config
         y = Linear(config, "head/transform", config.width, config.width, name="transform")(x)
         y = activate(y, config.head_activation or config.activation)
@@ -64,12 +81,11 @@ class CausalLM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T V"]:
-        del pooled
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T V"]:
         config = self.config
         x = x if config.logit_scale == 1.0 else x * jnp.asarray(config.logit_scale, x.dtype)
         if config.tied:
-            y = attend(x, table).astype(jnp.float32)
+            y = attend(x, given.table).astype(jnp.float32)
         else:
             output = Linear(config, "head/output", config.width, config.vocabulary, False, name="output")
             y = output(x).astype(jnp.float32)
@@ -79,17 +95,42 @@ class CausalLM(nn.Module):
         return y + self.param("bias", zeros, (config.vocabulary,))
 
 
+def pool(x: Float[Array, "B T D"], given: HeadInputs, config: ModelConfig) -> Float[Array, "B D"]:
+    """One vector for each sequence, as `config.classifier.pooling` says."""
+    how = config.classifier.pooling
+    if how == "pooler" and given.pooled is not None:
+        return given.pooled
+    if how in ("pooler", "first"):
+        return x[:, 0]
+    real = jnp.ones(x.shape[:2], bool) if given.mask is None else given.mask
+    if how == "mean":
+        weights = real.astype(jnp.float32)[..., None]
+        return ((x.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)).astype(x.dtype)
+    counted = real if how == "last" else given.ids != config.pad_token
+    last = jnp.where(counted, jnp.arange(x.shape[1]), 0).max(1)  # the first token where none counts
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def classify(x: Float[Array, "*B D"], config: ModelConfig) -> Float[Array, "*B C"]:
+    """Class logits, float32, after the transform that `config.classifier` may ask for; inside a compact method."""
+    classifier, width = config.classifier, config.width
+    if classifier.transform:
+        x = Linear(config, "head/transform", width, width, config.head_bias, name="transform")(x)
+        x = activate(x, config.head_activation or config.activation)
+    if classifier.norm:
+        x = Norm(config, "head/norm", name="norm")(x).astype(x.dtype)
+    output = Linear(config, "head/output", width, config.classes, classifier.bias, name="output")
+    return output(x).astype(jnp.float32)
+
+
 class SequenceClassification(nn.Module):
-    """Class logits [B, C], float32, from the pooled output, or from the first token where there is no pooler."""
+    """Class logits [B, C], float32, of one vector for each sequence."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B C"]:
-        del table
-        config = self.config
-        y = x[:, 0] if pooled is None else pooled
-        return Linear(config, "head/output", config.width, config.classes, name="output")(y).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B C"]:
+        return classify(pool(x, given, self.config), self.config)
 
 
 class TokenClassification(nn.Module):
@@ -98,10 +139,9 @@ class TokenClassification(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T C"]:
-        del table, pooled
-        config = self.config
-        return Linear(config, "head/output", config.width, config.classes, name="output")(x).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T C"]:
+        del given
+        return classify(x, self.config)
 
 
 HEADS: dict[str, type[nn.Module]] = {

@@ -17,7 +17,7 @@ from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, seen, slots_of
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.embedding import Embedding
-from flaxcompress.nn.heads import HEADS, Pooler
+from flaxcompress.nn.heads import HEADS, HeadInputs, Pooler
 from flaxcompress.nn.image_embedding import ImageEmbedding
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
@@ -113,8 +113,9 @@ class Transformer(nn.Module):
             out = after._replace(encoder=out)
         if config.head == "none" or not (need_logits or self.is_initializing()):
             return out
-        x, table = out.last_hidden_state, None if config.patches is not None else self.embedding.token
-        return out._replace(logits=self.head(x[:, -1:] if last_logits else x, table, out.pooled))
+        x, tokens = out.last_hidden_state, (ids, mask) if config.decoder is None else (decoder_ids, decoder_mask)
+        given = HeadInputs(None if config.patches is not None else self.embedding.token, out.pooled, *tokens)
+        return out._replace(logits=self.head(x[:, -1:] if last_logits else x, given))
 
     def body(
         self,
