@@ -32,6 +32,7 @@ MODEL_TYPE = "flaxcompress"
 _CLASSES = {
     "none": ("AutoModel", "FlaxCompressModel"),
     "masked_lm": ("AutoModelForMaskedLM", "FlaxCompressForMaskedLM"),
+    "pretraining": ("AutoModelForPreTraining", "FlaxCompressForSentencePretraining"),
     "replaced_token": ("AutoModelForPreTraining", "FlaxCompressForPreTraining"),
     "sequence_classification": ("AutoModelForSequenceClassification", "FlaxCompressForClassification"),
     "token_classification": ("AutoModelForTokenClassification", "FlaxCompressForClassification"),

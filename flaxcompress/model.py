@@ -30,7 +30,8 @@ class ModelOutput:
     Attributes:
       last_hidden_state: [B, T, D].
       pooled: [B, D], BERT's tanh of the first token; sentence vectors come from `Model.encode`.
-      logits: [B, T, V] of the masked-LM head.
+      logits: of the head, float32: [B, T, V] of a language model, [B, C] or [B, T, C] of a classifier; of
+        "pretraining", `logits.masked_lm` [B, T, V] and `logits.sentence_order` [B, C].
       hidden_states: L + 1 tensors [B, T, D], embeddings first.
       attentions: L tensors [B, H, T, T].
       cache: keys and values for later tokens, where a cache was given; None otherwise.

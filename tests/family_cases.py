@@ -187,6 +187,7 @@ def heads(classes, *names):
         "token": ("token_classification", "ForTokenClassification"),
         "span": ("span", "ForQuestionAnswering"),
         "replaced": ("replaced_token", "ForPreTraining"),
+        "order": ("pretraining", "ForPreTraining"),
     }
     return {
         "none": f"{classes}Model",
@@ -197,13 +198,13 @@ def heads(classes, *names):
 
 # family: (config class, how a config is drawn, {our head: transformers' class})
 CASES = {
-    "bert": ("BertConfig", with_labels(with_segments), heads("Bert", "sequence", "token", "span")),
+    "bert": ("BertConfig", with_labels(with_segments), heads("Bert", "order", "sequence", "token", "span")),
     "roberta": ("RobertaConfig", with_labels(with_segments), heads("Roberta", "sequence", "token", "span")),
     "xlm-roberta": ("XLMRobertaConfig", with_labels(with_segments), heads("XLMRoberta", "sequence", "token", "span")),
     "distilbert": ("DistilBertConfig", with_labels(distilbert), heads("DistilBert", "sequence", "token", "span")),
     "mpnet": ("MPNetConfig", with_labels(encoder), heads("MPNet", "sequence", "token", "span")),
     "electra": ("ElectraConfig", with_labels(electra), heads("Electra", "replaced", "sequence", "token", "span")),
-    "albert": ("AlbertConfig", with_labels(albert), heads("Albert", "sequence", "token", "span")),
+    "albert": ("AlbertConfig", with_labels(albert), heads("Albert", "order", "sequence", "token", "span")),
     "modernbert": ("ModernBertConfig", with_labels(modernbert), heads("ModernBert", "sequence", "token", "span")),
     "gpt2": ("GPT2Config", with_padding(gpt2), causal("GPT2", "LMHeadModel")),
     "llama": ("LlamaConfig", with_padding(llama_biased), causal("Llama")),
@@ -258,10 +259,19 @@ def close(got, want, mask=None):
 
 
 def logits_of(out, head):
-    """What transformers' output (or the class of a saved folder) holds where our ModelOutput has `logits`."""
+    """What transformers' output (or that of a saved folder's class) holds where ours has `logits`, as a list."""
     if head == "span":
-        return torch.stack([out.start_logits, out.end_logits], -1)
-    return out.logits
+        return [torch.stack([out.start_logits, out.end_logits], -1)]
+    if head == "pretraining":
+        name = next(n for n in ("sop_logits", "seq_relationship_logits") if n in out)
+        return [out.prediction_logits, out[name]]
+    return [out.logits]
+
+
+def close_logits(got, want, head, mask):
+    """Compares our logits with `logits_of`; those of whole sequences, [B, C], have no tokens to mask."""
+    for ours, theirs in zip(got if head == "pretraining" else [got], want, strict=True):
+        close(ours, theirs, None if theirs.ndim == 2 and head != "replaced_token" else mask)
 
 
 HEADED = [(family, head) for family, (_, _, classes) in CASES.items() for head in classes]

@@ -20,7 +20,7 @@ NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
 CLASSIFIERS = ("sequence_classification", "token_classification", "span")
-HEADS = ("none", "masked_lm", "replaced_token", "causal_lm", "seq2seq_lm", *CLASSIFIERS)
+HEADS = ("none", "masked_lm", "pretraining", "replaced_token", "causal_lm", "seq2seq_lm", *CLASSIFIERS)
 
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 # How fields that are objects in JSON are read: a function of the object and of where it stands.
@@ -58,7 +58,8 @@ class ModelConfig:
       local: which layers are; None: all of them when there is a window.
       rotary: rotary positions; None: none.
       patches: images instead of token ids: `vocabulary` is then 0.
-      classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token.
+      classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token. Beside a
+        masked LM ("pretraining"), of two sentences: in order or not, or the second one following the first or not.
       classifier: what such a head does before its map to the classes.
       position_embedding: what is added to the embeddings: a "learned" table of positions, "sinusoidal" ones (Vaswani et
         al. 2017, §3.5; all sines before all cosines) or "none".
@@ -194,9 +195,11 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.head == "pretraining" and not self.pooler:
+            raise ValueError("config: the head 'pretraining' reads the pooler's output; it needs pooler=True")
         if self.classifier.pooling == "last_unpadded" and self.patches is not None:
             raise ValueError("config: classifier: a model of images has no padding; use pooling 'last'")
-        if self.head in CLASSIFIERS and not self.classes:
+        if self.head in (*CLASSIFIERS, "pretraining") and not self.classes:
             raise ValueError(f"config: a head {self.head!r} needs classes, the number of classes")
         if self.vocabulary and not 0 <= self.pad_token < self.vocabulary:
             raise ValueError(f"config: pad_token {self.pad_token} lies outside the vocabulary of {self.vocabulary}")

@@ -131,7 +131,7 @@ def profile(model: Model, *, length: int = 128) -> Profile:
         flops = sum(_flops(config, address, node, length) for address, node in members[part].items())
         if part == "attention":
             flops += config.layers * 4.0 * length * config.heads * config.head_dim
-        if part == "head" and config.head == "masked_lm":
+        if part == "head" and config.head in ("masked_lm", "pretraining"):
             flops += matmul_flops(nodes["embedding/token"])  # the tied output, x @ tableᵀ
         rows.append(
             PartCost(

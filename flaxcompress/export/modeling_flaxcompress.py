@@ -7,6 +7,9 @@ as in model.safetensors: "embedding/norm/scale" is a tensor of the model itself,
 the module "embedding/token". What this file imports lies beside it: formats, attention, and the network made of them.
 """
 
+import dataclasses
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -19,6 +22,7 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     TokenClassifierOutput,
 )
+from transformers.utils.generic import ModelOutput
 
 from .flaxcompress_attention import KINDS as _ATTENTION  # noqa: F401  (transformers copies what this file imports)
 from .flaxcompress_formats import attend, matmul, take
@@ -63,10 +67,12 @@ class FlaxCompressModel(PreTrainedModel):
     def _add_head(self):
         """The head's weights; the plain model keeps them too, so that saving it loses nothing."""
         c, net = self.structure, self.network
-        if c["head"] == "masked_lm":
+        if c["head"] in ("masked_lm", "pretraining"):
             net.add_linear("head/transform", c["width"], net.narrow, c["head_bias"])
             net.add_norm("head/norm", net.narrow)
             net.add_vector("head/bias", c["vocabulary"])
+            if c["head"] == "pretraining":
+                net.add_linear("head/order", c["width"], c["classes"])
         elif c["head"] == "replaced_token":
             net.add_linear("head/transform", c["width"], c["width"])
             net.add_linear("head/output", c["width"], 1)
@@ -117,6 +123,11 @@ class FlaxCompressModel(PreTrainedModel):
         tied = c["tied"]
         y = attend(x, net.weight("embedding/token")) if tied else matmul(x, net.weight("head/output/kernel"))
         return y.float() + net.weight("head/bias").float() if c["logit_bias"] else y.float()
+
+    def masked_lm(self, x):
+        """Logits of masked tokens, float32, from a transform and the token table."""
+        y = self.network.norm(self.network.head_activation(self.network.linear(x, "head/transform")), "head/norm")
+        return attend(y, self.weight("embedding/token")).float() + self.weight("head/bias").float()
 
     def pool(self, out, ids, mask):
         """One vector [B, D] for each sequence, as the classifier's pooling says."""
@@ -175,12 +186,48 @@ class FlaxCompressForMaskedLM(FlaxCompressModel):
     ):
         """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss over those that are not -100."""
         out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
-        y = self.network.linear(out.last_hidden_state, "head/transform")
-        y = self.network.norm(self.network.head_activation(y), "head/norm")
-        logits = attend(y, self.weight("embedding/token")).float() + self.weight("head/bias").float()
+        logits = self.masked_lm(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         out = MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
         return self._answer(out, return_dict)
+
+
+@dataclasses.dataclass
+class SentencePretrainingOutput(ModelOutput):
+    """prediction_logits [B, T, V] of masked tokens, sop_logits [B, C] of the two sentences' order."""
+
+    loss: Any = None
+    prediction_logits: Any = None
+    sop_logits: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+class FlaxCompressForSentencePretraining(FlaxCompressModel):
+    """Vocabulary logits [B, T, V], and logits [B, C] of the two sentences' order, float32 (BERT and ALBERT)."""
+
+    heads = ("pretraining",)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        labels=None,
+        sentence_order_label=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """[B, T] token ids -> both logits; with both labels, also the sum of their mean losses."""
+        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        words = self.masked_lm(out.last_hidden_state)
+        order = self.network.linear(out.pooler_output, "head/order").float()
+        loss = None
+        if labels is not None and sentence_order_label is not None:
+            loss = F.cross_entropy(words.flatten(0, 1), labels.flatten()) + F.cross_entropy(order, sentence_order_label)
+        kept = {"hidden_states": out.hidden_states, "attentions": out.attentions}
+        return self._answer(SentencePretrainingOutput(loss, words, order, **kept), return_dict)
 
 
 class FlaxCompressForPreTraining(FlaxCompressModel):

@@ -208,7 +208,7 @@ def last_token(hf: Mapping[str, Any], head: str) -> Classifier:
 
 def class_count(hf: Mapping[str, Any], head: str) -> int:
     """C of a classifier's head, from id2label; 0 for other heads."""
-    if head not in _CLASSIFIERS:
+    if head not in (*_CLASSIFIERS, "pretraining"):
         return 0
     return len(hf["id2label"]) if hf.get("id2label") else int(hf.get("num_labels", 2))
 
@@ -232,7 +232,7 @@ def architecture_of(config: ModelConfig, heads: Mapping[str, tuple[str, ...]], p
 
 def tied(hf: Mapping[str, Any], head: str) -> None:
     """Raises ValueError for a masked-LM head with a table of its own."""
-    if head == "masked_lm" and not hf.get("tie_word_embeddings", True):
+    if head in ("masked_lm", "pretraining") and not hf.get("tie_word_embeddings", True):
         raise ValueError(
             "config.json: tie_word_embeddings is false, but only a head tied to the token table is supported; "
             'load it without: head="none"'

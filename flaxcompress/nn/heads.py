@@ -50,12 +50,39 @@ class MaskedLM(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T V"]:
+        return masked_lm(self, x, given)
+
+
+def masked_lm(head: Any, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T V"]:
+    """What `MaskedLM` computes, with the weights of `head`; inside a compact method."""
+    config = head.config
+    y = Linear(config, "head/transform", config.width, config.table_width, config.head_bias, name="transform")(x)
+    y = activate(y, config.head_activation or config.activation)
+    y = Norm(config, "head/norm", name="norm")(y).astype(x.dtype)
+    bias = head.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
+    return attend(y, given.table).astype(jnp.float32) + bias
+
+
+class PretrainingLogits(NamedTuple):
+    """Logits, float32: of every token [B, T, V], and of the two sentences' order [B, C]."""
+
+    masked_lm: Any
+    sentence_order: Any
+
+
+class Pretraining(nn.Module):
+    """A masked LM and, from the pooled output, whether two sentences are in order: (logits [B, T, V], logits [B, C]).
+
+    ALBERT's sentence order (Lan et al. 2020, §3.1); BERT's next sentence has the same form (Devlin et al. 2019).
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> PretrainingLogits:
         config = self.config
-        y = Linear(config, "head/transform", config.width, config.table_width, config.head_bias, name="transform")(x)
-        y = activate(y, config.head_activation or config.activation)
-        y = Norm(config, "head/norm", name="norm")(y).astype(x.dtype)
-        bias = self.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
-        return attend(y, given.table).astype(jnp.float32) + bias
+        order = Linear(config, "head/order", config.width, config.classes, name="order")(given.pooled)
+        return PretrainingLogits(masked_lm(self, x, given), order.astype(jnp.float32))
 
 
 class ReplacedToken(nn.Module):
@@ -146,6 +173,7 @@ class TokenClassification(nn.Module):
 
 HEADS: dict[str, type[nn.Module]] = {
     "masked_lm": MaskedLM,
+    "pretraining": Pretraining,
     "replaced_token": ReplacedToken,
     "causal_lm": CausalLM,
     "seq2seq_lm": CausalLM,
