@@ -9,6 +9,7 @@ from flaxcompress.compress import (
     Recipe,
     TierSetting,
     Trim,
+    TrimVocabulary,
     compress,
 )
 from flaxcompress.config import ModelConfig, Rotary, Sharing
@@ -17,7 +18,9 @@ from flaxcompress.decoding import Constraint, Generated
 from flaxcompress.evaluate import Report, evaluate, profile
 from flaxcompress.export import export
 from flaxcompress.folder import load, save
+from flaxcompress.heads import with_head
 from flaxcompress.model import Model, ModelOutput
+from flaxcompress.nn import register_head
 from flaxcompress.text import Assets, Pooling
 
 __version__ = "0.1.0"
@@ -42,11 +45,14 @@ __all__ = [
     "Sharing",
     "TierSetting",
     "Trim",
+    "TrimVocabulary",
     "calibration_text",
     "compress",
     "evaluate",
     "export",
     "load",
     "profile",
+    "register_head",
     "save",
+    "with_head",
 ]

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
 # A unit (a file or a folder of the package) imports only from units to its left. `machine`, `tokenizer`, `storage` and
 # `progress` are helpers beside `text`, `card` is one of `folder`; `encoding`, `blocks`, `inputs` and `decoding` are of
-# `model`.
+# `model`; `heads` puts another head on one.
 ORDER = (
     *(
         "config",
@@ -41,6 +41,7 @@ ORDER = (
         "inputs",
         "decoding",
         "model",
+        "heads",
         "folder",
         "data",
         "evaluate",

@@ -2,7 +2,7 @@
 
 from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.format_rule import FormatRule
-from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConfig
+from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConfig, add_head_name, own_heads
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
@@ -20,6 +20,8 @@ __all__ = [
     "Rotary",
     "Sets",
     "Sharing",
+    "add_head_name",
     "closest",
+    "own_heads",
     "reject_unknown",
 ]

@@ -22,6 +22,22 @@ POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
 CLASSIFIERS = ("sequence_classification", "token_classification", "span")
 HEADS = ("none", "masked_lm", "pretraining", "replaced_token", "causal_lm", "seq2seq_lm", *CLASSIFIERS)
 
+_OWN_HEADS: list[str] = []  # that callers registered, see nn/heads.py
+
+
+def own_heads() -> tuple[str, ...]:
+    """The names of heads that were registered beside `HEADS`."""
+    return tuple(_OWN_HEADS)
+
+
+def add_head_name(name: str) -> None:
+    """Makes a name a valid `head`. Raises ValueError for one of `HEADS`, and for one that is no plain name."""
+    if name in HEADS or not re.fullmatch(r"[a-z]\w*", name):
+        raise ValueError(f"register_head: {name!r} is {'taken' if name in HEADS else 'not a name in lower case'}")
+    if name not in _OWN_HEADS:
+        _OWN_HEADS.append(name)
+
+
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 # How fields that are objects in JSON are read: a function of the object and of where it stands.
 _READERS: dict[str, Any] = {
@@ -188,8 +204,9 @@ class ModelConfig:
         for name in (self.activation, self.head_activation or self.activation):
             if name not in ACTIVATIONS:
                 raise ValueError(f"config: unknown activation {name!r}; {closest(name, ACTIVATIONS)}")
-        if self.head not in HEADS:
-            raise ValueError(f"config: unknown head {self.head!r}; {closest(self.head, HEADS)}")
+        if self.head not in (*HEADS, *_OWN_HEADS):
+            known = closest(self.head, (*HEADS, *_OWN_HEADS))
+            raise ValueError(f"config: unknown head {self.head!r}; {known}; register_head makes one of your own known")
         if not self.norm_epsilon > 0:
             raise ValueError(f"config: norm_epsilon must be positive, got {self.norm_epsilon}")
         for name in ("dropout", "attention_dropout"):

@@ -22,11 +22,14 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from .flaxcompress_attention import KINDS as _ATTENTION  # noqa: F401  (transformers copies what this file imports)
 from .flaxcompress_formats import attend, matmul, take
 from .flaxcompress_network import Network
+
+logger = logging.get_logger(__name__)
 
 
 class FlaxCompressConfig(PretrainedConfig):
@@ -76,7 +79,7 @@ class FlaxCompressModel(PreTrainedModel):
         elif c["head"] == "replaced_token":
             net.add_linear("head/transform", c["width"], c["width"])
             net.add_linear("head/output", c["width"], 1)
-        elif c["classes"]:
+        elif c["head"] in ("sequence_classification", "token_classification", "span"):
             if c["classifier"]["transform"]:
                 net.add_linear("head/transform", c["width"], c["width"], c["head_bias"])
             if c["classifier"]["norm"]:
@@ -87,6 +90,9 @@ class FlaxCompressModel(PreTrainedModel):
                 net.add_linear("head/output", c["width"], c["vocabulary"], bias=False)
             if c["logit_bias"]:
                 net.add_vector("head/bias", c["vocabulary"])
+        elif c["head"] != "none":
+            logger.warning(f"The head {c['head']!r} was made in JAX by its author; here the model has none.")
+            self._keys_to_ignore_on_load_unexpected = [r"^head/"]
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import storage, tree
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import HEADS, ModelConfig
 from flaxcompress.encoding import pool, sentence_vectors
 from flaxcompress.export.code import NAME, check_code
 from flaxcompress.export.quiet import quiet_transformers
@@ -57,6 +57,11 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
       ValueError: `out` exists and is not empty, or cannot be written.
     """
     out = Path(out)
+    if model.config.head not in HEADS:
+        raise ValueError(
+            f"export: the head {model.config.head!r} is of your own, and no stock class has it; export the model "
+            'without: with_head(model, "none")'
+        )
     config, tensors = stock_tensors(model)
     hf = {**FAMILIES[config.family].write_config(config), "dtype": "float32"}
     with storage.new_folder(out, overwrite=overwrite) as folder:

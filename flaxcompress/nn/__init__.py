@@ -1,10 +1,12 @@
 """Flax Linen modules, one idea per file."""
 
+from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, is_ring
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.heads import HeadInputs, pool_sequence, register_head
 from flaxcompress.nn.init_cache import init_cache
 from flaxcompress.nn.layer import Layer
-from flaxcompress.nn.linear import INPUTS
+from flaxcompress.nn.linear import INPUTS, Linear
 from flaxcompress.nn.stack import Stack
 from flaxcompress.nn.transformer import Transformer, TransformerOutput, run
 
@@ -12,11 +14,16 @@ __all__ = [
     "INPUTS",
     "Cache",
     "Context",
+    "HeadInputs",
     "Layer",
+    "Linear",
+    "Norm",
     "Stack",
     "Transformer",
     "TransformerOutput",
     "init_cache",
     "is_ring",
+    "pool_sequence",
+    "register_head",
     "run",
 ]

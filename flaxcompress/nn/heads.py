@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import ModelConfig, add_head_name
 from flaxcompress.formats import attend
 from flaxcompress.formats.base import vector_init
 from flaxcompress.nn.add_norm import Norm
@@ -122,7 +125,7 @@ class CausalLM(nn.Module):
         return y + self.param("bias", zeros, (config.vocabulary,))
 
 
-def pool(x: Float[Array, "B T D"], given: HeadInputs, config: ModelConfig) -> Float[Array, "B D"]:
+def pool_sequence(x: Float[Array, "B T D"], given: HeadInputs, config: ModelConfig) -> Float[Array, "B D"]:
     """One vector for each sequence, as `config.classifier.pooling` says."""
     how = config.classifier.pooling
     if how == "pooler" and given.pooled is not None:
@@ -157,7 +160,7 @@ class SequenceClassification(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B C"]:
-        return classify(pool(x, given, self.config), self.config)
+        return classify(pool_sequence(x, given, self.config), self.config)
 
 
 class TokenClassification(nn.Module):
@@ -171,7 +174,7 @@ class TokenClassification(nn.Module):
         return classify(x, self.config)
 
 
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "masked_lm": MaskedLM,
     "pretraining": Pretraining,
     "replaced_token": ReplacedToken,
@@ -181,3 +184,44 @@ HEADS: dict[str, type[nn.Module]] = {
     "token_classification": TokenClassification,
     "span": TokenClassification,
 }
+
+
+class FunctionHead(nn.Module):
+    """A head that is a function of (x [B, T, D], `HeadInputs`, config); Linen modules that it makes are its weights."""
+
+    config: ModelConfig
+    function: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Any:
+        return self.function(x, given, self.config)
+
+
+def register_head(name: str, head: Any) -> Any:
+    """Makes a head for a task of one's own known as `ModelConfig(head=name)`; returns `head`.
+
+    Args:
+      name: a name in lower case, none of `HEADS`. Registered again, it means the new head from then on.
+      head: a Linen module with the attribute `config`, called with (x [B, T, D], `HeadInputs`), or a function of (x,
+        `HeadInputs`, config) in which Linen modules may be made, each with a name. What it returns, one array or
+        several, is the model's `logits`; their first axis is the batch.
+
+    Raises:
+      ValueError: the name is taken, or is none.
+      TypeError: `head` is neither.
+
+    Example:
+      >>> def regression(x, given, config):
+      ...     return Linear(config, "head/output", config.width, 1, name="output")(x[:, 0])[..., 0]
+      >>> fc.register_head("regression", regression)
+      >>> model = fc.load("minilm", head="regression", key=jax.random.key(0))
+    """
+    is_module = isinstance(head, type) and issubclass(head, nn.Module)
+    if not is_module and (isinstance(head, type) or not callable(head)):
+        raise TypeError(f"register_head: {name!r} needs a Linen module's class or a function, got {head!r}")
+    add_head_name(name)
+    made: Any = head if is_module else functools.partial(FunctionHead, function=head)
+    if HEADS.get(name, made) is not made:
+        jax.clear_caches()  # compiled programs know heads by name
+    HEADS[name] = made
+    return head

@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         if config.pooler:
             self.pooler = Pooler(config)
         if config.head != "none":
-            self.head = HEADS[config.head](config)
+            self.head: Any = HEADS[config.head](config)
         if config.decoder is not None:
             self.decoder = Transformer(config.decoder.replace(formats=config.formats), self.dtype, "decoder/")
 
