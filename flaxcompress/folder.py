@@ -18,9 +18,8 @@ import numpy as np
 from flaxcompress import storage, tree
 from flaxcompress.card import model_card
 from flaxcompress.config import ModelConfig, closest
-from flaxcompress.families import FAMILIES, Family
+from flaxcompress.families import CHECKPOINTS, FAMILIES, Family
 from flaxcompress.families.base import Stored, write_classes
-from flaxcompress.families.llama2c import find_checkpoint, read_checkpoint
 from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
 from flaxcompress.heads import with_head
 from flaxcompress.model import Model, abstract_flat
@@ -89,7 +88,8 @@ def load(
 ) -> Model:
     """Loads a model from a Hugging Face folder, a folder of ours, a hub id, or "minilm"; without torch.
 
-    A checkpoint of llama2.c is loaded too: its .bin file, or the folder that holds it.
+    A checkpoint of llama2.c is loaded too: its .bin file, or the folder that holds it; and one of Google's ALBERT, its
+    variables in an .npz beside albert_config.json.
 
     Args:
       head: "masked_lm", "causal_lm", … or "none" to override what config.json's architecture says. Where the checkpoint
@@ -102,8 +102,11 @@ def load(
       ValueError: an unknown model_type, pickled weights, a damaged file, missing or unexpected tensors, shapes that
         contradict the config, or a new head without `key` or `classes`.
     """
-    if (file := find_checkpoint(Path(name))) is not None:
-        config, flat, assets = read_checkpoint(file)
+    for checkpoint in CHECKPOINTS:
+        if (file := checkpoint.find(Path(name))) is None:
+            continue
+        config, flat, assets = checkpoint.read(file)
+        _check_shapes(file, config, flat)
         model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
         return model if head is None else with_head(model, head, classes=classes, key=key)
     folder = resolve(name)
@@ -125,6 +128,14 @@ def load(
     assets = read_assets(folder, positions=config.positions, source=_source_name(name, hf))
     model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
     return with_head(model, head, classes=classes, key=key) if head is not None and fresh else model
+
+
+def _check_shapes(file: Path, config: ModelConfig, flat: tree.Flat) -> None:
+    for address, leaf in abstract_flat(config).items():
+        if tuple(leaf.shape) != flat[address].shape:
+            raise ValueError(
+                f"{file}: {address} has shape {list(flat[address].shape)}, its config implies {list(leaf.shape)}"
+            )
 
 
 def _stating_head(

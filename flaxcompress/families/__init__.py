@@ -1,7 +1,20 @@
-"""Hugging Face families by model_type. A new family is one file and one entry here."""
+"""Hugging Face families by model_type, and other kinds of checkpoints. A new one is one file and one entry here."""
 
-from flaxcompress.families import albert, bert, distilbert, electra, gpt2, llama, modernbert, mpnet, roberta, vit
-from flaxcompress.families.base import Family
+from flaxcompress.families import (
+    albert,
+    albert_tf,
+    bert,
+    distilbert,
+    electra,
+    gpt2,
+    llama,
+    llama2c,
+    modernbert,
+    mpnet,
+    roberta,
+    vit,
+)
+from flaxcompress.families.base import Checkpoint, Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -23,4 +36,6 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-__all__ = ["FAMILIES", "Family"]
+CHECKPOINTS: tuple[Checkpoint, ...] = (llama2c.CHECKPOINT, albert_tf.CHECKPOINT)
+
+__all__ = ["CHECKPOINTS", "FAMILIES", "Checkpoint", "Family"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flaxcompress.config import Classifier, ModelConfig
+from flaxcompress.text import Assets
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -112,6 +114,18 @@ def write_tensors(names: Names, arrays: Mapping[str, np.ndarray]) -> dict[str, n
         folded = whole[name].folded
         out[name] = array if folded is None else array.reshape(folded[0])
     return out
+
+
+class Checkpoint(NamedTuple):
+    """A kind of checkpoint that is no Hugging Face folder.
+
+    Attributes:
+      find: a path -> the checkpoint's file, or None where there is none of this kind. Raises ValueError for several.
+      read: that file -> (config, {address: float32 array}, assets). Raises ValueError for a damaged one.
+    """
+
+    find: Callable[[Path], Path | None]
+    read: Callable[[Path], tuple[ModelConfig, dict[str, np.ndarray], Assets]]
 
 
 @dataclasses.dataclass(frozen=True)
