@@ -19,8 +19,10 @@ from flaxcompress.evaluate import Report, evaluate, profile
 from flaxcompress.export import export
 from flaxcompress.folder import load, save
 from flaxcompress.heads import with_head
+from flaxcompress.lexicon import with_lexicon
 from flaxcompress.model import Model, ModelOutput
 from flaxcompress.nn import register_head
+from flaxcompress.terms import Terms
 from flaxcompress.text import Assets, Pooling
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "Report",
     "Rotary",
     "Sharing",
+    "Terms",
     "TierSetting",
     "Trim",
     "TrimVocabulary",
@@ -55,4 +58,5 @@ __all__ = [
     "register_head",
     "save",
     "with_head",
+    "with_lexicon",
 ]

@@ -18,7 +18,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.decoding import Constraint, OnToken, Prompt, Sampling, generate
 from flaxcompress.encoding import compute_dtype, encode_stream
 from flaxcompress.formats import nbytes, spec_of, stored_values
-from flaxcompress.inputs import check_cache, check_inputs, check_pixels, is_traced
+from flaxcompress.inputs import check_cache, check_features, check_inputs, check_pixels, is_traced
 from flaxcompress.nn import Cache, Transformer, init_cache, run
 from flaxcompress.text import Assets
 
@@ -64,12 +64,16 @@ class Model:
         attention_mask: Any = None,
         segment_ids: Any = None,
         *,
+        feature_ids: Any = None,
         pixel_values: Any = None,
         cache: Cache | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Runs the network on token ids [B, T]; `attention_mask` [B, T] is 1 where a token is real.
+
+        `feature_ids` [B, T] are those of a lexicon's terms (see `Terms.find`), where the model has one; without them no
+        token has any.
 
         Models of images take `pixel_values` [B, C, height, width] instead; positions are stretched to the image's size.
         Compiled once per shape. With a `cache` (see `new_cache`), the tokens follow those that it holds, and the mask
@@ -80,6 +84,7 @@ class Model:
             ids, mask, segments = check_pixels(self.config, pixel_values, input_ids, attention_mask), None, None
         else:
             ids, mask, segments = check_inputs(self.config, input_ids, attention_mask, segment_ids, pixel_values)
+        features = check_features(self.config, feature_ids, ids)
         if cache is not None:
             check_cache(self.config, cache, ids)
         rows, extra = None, cache is not None or output_hidden_states or output_attentions
@@ -89,10 +94,10 @@ class Model:
             blocks = functools.partial(
                 _forward_blocks, self.params, config=self.config, dtype=compute_dtype(), rows=rows
             )
-            out = side_by_side(blocks, ids, mask, segments)
+            out = side_by_side(blocks, ids, mask, segments, features)
         else:
             need = (output_hidden_states, output_attentions)
-            out = _forward(self.params, ids, mask, segments, cache, self.config, compute_dtype(), *need)
+            out = _forward(self.params, ids, mask, segments, features, cache, self.config, compute_dtype(), *need)
         split = lambda x: None if x is None else tuple(x)  # noqa: E731
         return ModelOutput(
             last_hidden_state=out.last_hidden_state,
@@ -204,15 +209,18 @@ class Model:
         return sum(stored_values(node) for node in tree.View(tree.abstract(self.params)).values())
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
-def _forward(params, ids, mask, segments, cache, config, dtype, hidden_states, attentions):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _forward(params, ids, mask, segments, features, cache, config, dtype, hidden_states, attentions):
     need = {"need_hidden_states": hidden_states, "need_attentions": attentions}
-    return run(params, config, dtype, ids, mask, segments, cache=cache, **need)
+    return run(params, config, dtype, ids, mask, segments, cache=cache, features=features, **need)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "rows"))
-def _forward_blocks(params, ids, mask, segments, *, config, dtype, rows):
-    return by_blocks(functools.partial(run, params, config, dtype), rows)(ids, mask, segments)
+def _forward_blocks(params, ids, mask, segments, features, *, config, dtype, rows):
+    def one(ids, mask, segments, features):
+        return run(params, config, dtype, ids, mask, segments, features=features)
+
+    return by_blocks(one, rows)(ids, mask, segments, features)
 
 
 @functools.partial(jax.jit, static_argnums=0)

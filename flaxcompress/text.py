@@ -16,6 +16,7 @@ import numpy as np
 from flaxcompress.config import closest
 from flaxcompress.tokenizer import make_tokenizer, read_options, vocabulary_lines
 
+LEXICON = "lexicon.json"  # terms and their feature ids
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,6 +26,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    LEXICON,
 )
 POOLING_MODES = {
     "pooling_mode_mean_tokens": "mean",

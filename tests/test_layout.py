@@ -17,13 +17,14 @@ PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
 # A unit (a file or a folder of the package) imports only from units to its left. `machine`, `tokenizer`, `storage` and
 # `progress` are helpers beside `text`, `card` is one of `folder`; `encoding`, `blocks`, `inputs` and `decoding` are of
-# `model`; `heads` puts another head on one.
+# `model`; `heads` and `lexicon` put something on one.
 ORDER = (
     *(
         "config",
         "machine",
         "tokenizer",
         "text",
+        "terms",
         "storage",
         "progress",
         "tree",
@@ -42,6 +43,7 @@ ORDER = (
         "decoding",
         "model",
         "heads",
+        "lexicon",
         "folder",
         "data",
         "evaluate",

@@ -2,6 +2,7 @@
 
 from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.format_rule import FormatRule
+from flaxcompress.config.lexicon import Lexicon
 from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConfig, add_head_name, own_heads
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.patches import Patches
@@ -15,6 +16,7 @@ __all__ = [
     "PARTS",
     "Classifier",
     "FormatRule",
+    "Lexicon",
     "ModelConfig",
     "Patches",
     "Rotary",

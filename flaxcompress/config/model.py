@@ -9,6 +9,7 @@ from typing import Any
 
 from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
+from flaxcompress.config.lexicon import Lexicon
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.part import part_reader
 from flaxcompress.config.patches import Patches
@@ -45,6 +46,7 @@ _READERS: dict[str, Any] = {
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
     "classifier": part_reader(Classifier),
+    "lexicon": part_reader(Lexicon),
     "formats": read_rules,
 }
 
@@ -90,6 +92,7 @@ class ModelConfig:
       tied: whether a language-modelling head reads the token table, or has a kernel of its own.
       logit_scale: what such a head multiplies its input by.
       logit_bias: whether it adds a bias to the logits.
+      lexicon: embeddings from outside for tokens of a lexicon's terms; None: there are none.
       decoder: the structure of the decoder that attends to these layers' output; None: there is none. Its vocabulary is
         0, since it reads this token table, and its matrices stand below "decoder/".
 
@@ -144,6 +147,7 @@ class ModelConfig:
     attention_scale: float | None = None
     logit_scale: float = 1.0
     logit_bias: bool = False
+    lexicon: Lexicon | None = None
     decoder: ModelConfig | None = None
     sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (None: every layer owns its weights)
     formats: tuple[FormatRule, ...] = ()
@@ -212,6 +216,8 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.lexicon is not None and not self.vocabulary:
+            raise ValueError("config: a lexicon needs tokens: a model of images, and a decoder, cannot have one")
         if self.head == "pretraining" and not self.pooler:
             raise ValueError("config: the head 'pretraining' reads the pooler's output; it needs pooler=True")
         if self.classifier.pooling == "last_unpadded" and self.patches is not None:

@@ -111,9 +111,9 @@ class FlaxCompressModel(PreTrainedModel):
         """The parameter or module at an address."""
         return getattr(self, address)
 
-    def encode(self, ids, mask, segments, need_states, need_attentions, positions=None, past=None):
+    def encode(self, ids, mask, segments, need_states, need_attentions, positions=None, past=None, features=None):
         """All layers and the pooler; None for an output means what the config says."""
-        need = self._needed(need_states, need_attentions)
+        need = {**self._needed(need_states, need_attentions), "features": features}
         return BaseModelOutputWithPooling(*self.network(ids, mask, segments, positions, past, **need)[:4])
 
     def _needed(self, states, attentions):
@@ -168,10 +168,13 @@ class FlaxCompressModel(PreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids, or pixel_values, -> last_hidden_state [B, T, D], pooler_output [B, D] if there is one."""
         x = input_ids if pixel_values is None else pixel_values
-        out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            x, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         return self._answer(out, return_dict)
 
 
@@ -189,9 +192,12 @@ class FlaxCompressForMaskedLM(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss over those that are not -100."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         logits = self.masked_lm(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         out = MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
@@ -224,9 +230,12 @@ class FlaxCompressForSentencePretraining(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids -> both logits; with both labels, also the sum of their mean losses."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         words = self.masked_lm(out.last_hidden_state)
         order = self.network.linear(out.pooler_output, "head/order").float()
         loss = None
@@ -250,9 +259,12 @@ class FlaxCompressForPreTraining(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids -> logits [B, T]; with labels (1: replaced), also the mean loss over real tokens."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         y = self.network.head_activation(self.network.linear(out.last_hidden_state, "head/transform"))
         logits = self.network.linear(y, "head/output")[..., 0].float()
         loss = None
@@ -281,6 +293,7 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
         logits_to_keep=0,
         **unused,
     ):
@@ -288,7 +301,7 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         need = (output_hidden_states, output_attentions, position_ids, past_key_values)
-        out = self.encode(input_ids, attention_mask, None, *need)
+        out = self.encode(input_ids, attention_mask, None, *need, features=feature_ids)
         x: torch.Tensor = out.last_hidden_state  # type: ignore
         x = x[:, -logits_to_keep:] if logits_to_keep else x
         logits = self.vocabulary_logits(x)
@@ -318,10 +331,13 @@ class FlaxCompressForClassification(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """Token ids [B, T], or pixel_values, -> logits; with labels, also the mean loss where they are not -100."""
         x = input_ids if pixel_values is None else pixel_values
-        out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            x, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         y: torch.Tensor = out.last_hidden_state  # type: ignore
         if self.structure["head"] == "sequence_classification":
             y = self.pool(out, input_ids, attention_mask)
@@ -346,9 +362,12 @@ class FlaxCompressForQuestionAnswering(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids -> start_logits and end_logits; with positions, also their mean loss."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         start, end = self.classify(out.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -62,6 +62,10 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
             f"export: the head {model.config.head!r} is of your own, and no stock class has it; export the model "
             'without: with_head(model, "none")'
         )
+    if model.config.lexicon is not None:
+        raise ValueError(
+            "export: no stock class has a lexicon; save the model instead, whose folder PyTorch loads, too"
+        )
     config, tensors = stock_tensors(model)
     hf = {**FAMILIES[config.family].write_config(config), "dtype": "float32"}
     with storage.new_folder(out, overwrite=overwrite) as folder:

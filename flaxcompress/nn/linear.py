@@ -35,6 +35,7 @@ class Linear(nn.Module):
       address: where the module stands, e.g. "layers/3/attention/query"; it decides the kernel's format.
       in_features: n.
       features: m.
+      initializer: of the kernel; None: normal, of the config's range.
     """
 
     config: ModelConfig
@@ -42,10 +43,11 @@ class Linear(nn.Module):
     in_features: int
     features: int
     use_bias: bool = True
+    initializer: Any = None
 
     def setup(self):
         spec = spec_for(self.config, f"{self.address}/kernel")
-        initializer = nn.initializers.normal(self.config.initializer_range)
+        initializer = self.initializer or nn.initializers.normal(self.config.initializer_range)
         shape = (self.in_features, self.features)
         self.kernel = weight(self, "kernel", lambda key: spec.init(key, shape, initializer, table=False))
         zeros = vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init())

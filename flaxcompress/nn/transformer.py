@@ -94,14 +94,15 @@ class Transformer(nn.Module):
         last_logits: bool = False,
         record: Record | None = None,
         vectors: Float[Array, "B T D"] | None = None,
+        features: Integer[Array, "B S"] | None = None,
     ) -> TransformerOutput:
         config = self.config
         need = {"deterministic": deterministic, "need_hidden_states": need_hidden_states, "record": record}
         need["need_attentions"] = need_attentions
         if config.decoder is None:
-            out = self.body(ids, mask, segments, cache=cache, vectors=vectors, **need)
+            out = self.body(ids, mask, segments, cache=cache, vectors=vectors, features=features, **need)
         else:
-            out = None if ids is None else self.body(ids, mask, segments, vectors=vectors, **need)
+            out = None if ids is None else self.body(ids, mask, segments, vectors=vectors, features=features, **need)
             if self.is_initializing() and decoder_ids is None:
                 decoder_ids = ids
             if decoder_ids is None:
@@ -125,6 +126,7 @@ class Transformer(nn.Module):
         *,
         cache: Cache | None = None,
         vectors: Float[Array, "B T E"] | None = None,
+        features: Integer[Array, "B T"] | None = None,
         memory: Memory | None = None,
         deterministic: bool = True,
         need_hidden_states: bool = False,
@@ -133,7 +135,7 @@ class Transformer(nn.Module):
     ) -> TransformerOutput:
         """Embeddings, layers, final norm and pooler."""
         config = self.config
-        more = {"deterministic": deterministic, "vectors": vectors, "memory": memory}
+        more = {"deterministic": deterministic, "vectors": vectors, "features": features, "memory": memory}
         x, context, after = self.start(ids, mask, segments, cache, **more)
         out = self.layers(
             x,
@@ -159,6 +161,7 @@ class Transformer(nn.Module):
         *,
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
+        features: Integer[Array, "B T"] | None = None,
         memory: Memory | None = None,
     ) -> tuple[Float[Array, "B T D"], Context, Cache | None]:
         """What the first layer gets, what all layers see beside it, and the cache's bookkeeping after these tokens.
@@ -180,7 +183,8 @@ class Transformer(nn.Module):
             positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1) - 1, 0)
             slots, queries = slots_of(cache, length), cache.length + jnp.arange(length)
             real, places, after = seen(cache, config, mask, slots)
-        x = self.embedding(ids, segments, positions=positions, deterministic=deterministic, vectors=vectors)
+        more = {"deterministic": deterministic, "vectors": vectors, "features": features}
+        x = self.embedding(ids, segments, positions=positions, **more)
         wide, near = real, None
         if config.causal or config.window:
             wide = both(real, sight(queries, places, causal=config.causal))
