@@ -9,6 +9,7 @@ from flaxcompress.compress import (
     Recipe,
     TierSetting,
     Trim,
+    TrimVocabulary,
     compress,
 )
 from flaxcompress.config import Deltas, ModelConfig, Rotary, Sharing
@@ -17,7 +18,11 @@ from flaxcompress.decoding import Constraint, Generated
 from flaxcompress.evaluate import Report, evaluate, profile
 from flaxcompress.export import export
 from flaxcompress.folder import load, save
+from flaxcompress.heads import with_head
+from flaxcompress.lexicon import with_lexicon
 from flaxcompress.model import Model, ModelOutput
+from flaxcompress.nn import register_head
+from flaxcompress.terms import Terms
 from flaxcompress.text import Assets, Pooling
 
 __version__ = "0.1.0"
@@ -41,13 +46,18 @@ __all__ = [
     "Report",
     "Rotary",
     "Sharing",
+    "Terms",
     "TierSetting",
     "Trim",
+    "TrimVocabulary",
     "calibration_text",
     "compress",
     "evaluate",
     "export",
     "load",
     "profile",
+    "register_head",
     "save",
+    "with_head",
+    "with_lexicon",
 ]

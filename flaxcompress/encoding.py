@@ -18,6 +18,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import dense, map_parts, take
 from flaxcompress.nn import Transformer
 from flaxcompress.progress import progress_bar
+from flaxcompress.terms import read_terms
 from flaxcompress.text import Assets, Pooling, pad_ids
 
 log = logging.getLogger("flaxcompress")
@@ -53,9 +54,11 @@ def pool(x: Float[Array, "B T D"], mask: Array, pooling: Pooling) -> Float[Array
     return pooled
 
 
-def sentence_vectors(params, ids, mask, config: ModelConfig, dtype, pooling: Pooling) -> Float[Array, "B D"]:
+def sentence_vectors(
+    params, ids, mask, config: ModelConfig, dtype, pooling: Pooling, features=None
+) -> Float[Array, "B D"]:
     """Pooled vectors of a padded batch; pure, for use under jit and grad."""
-    out = Transformer(config, dtype).apply({"params": params}, ids, mask, need_logits=False)
+    out = Transformer(config, dtype).apply({"params": params}, ids, mask, need_logits=False, features=features)
     return pool(out.last_hidden_state, mask, pooling)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -103,6 +106,9 @@ def encode_stream(
                     "entries: tokenizer and weights do not belong together"
                 )
             ids, pad, used = batch.ids, config.pad_token, params
+            features = None
+            if config.lexicon is not None and (terms := read_terms(assets)) is not None:
+                features = [terms.find(row) for row in ids]
             if ready is not None or (known or len(chunk)) > 4 * batch_size:
                 ready = dequantized_kernels(params) if ready is None else ready
                 vocabulary = np.unique(np.concatenate([np.asarray(row, np.int32) for row in ids]))
@@ -114,12 +120,14 @@ def encode_stream(
                 place[vocabulary] = np.arange(len(vocabulary))
                 ids, pad = [place[row] for row in ids], 0
             lengths_for = known or len(chunk)
-            yield _encode_ids(used, config, ids, pad, assets.max_length, pooling, batch_size, lengths_for, advance)
+            yield _encode_ids(
+                used, config, ids, pad, assets.max_length, pooling, batch_size, lengths_for, advance, features
+            )
     if truncated:
         log.warning("%d texts were longer than %d tokens and were cut", truncated, assets.max_length)
 
 
-def _encode_ids(params, config, rows, pad, limit, pooling, batch_size, texts, advance) -> np.ndarray:
+def _encode_ids(params, config, rows, pad, limit, pooling, batch_size, texts, advance, features=None) -> np.ndarray:
     # Formats decide nothing once weights exist: without them, models of equal structure share compiled programs.
     config = config.replace(formats=(), pad_token=pad)
     order = np.argsort([len(r) for r in rows], kind="stable")[::-1]
@@ -130,7 +138,8 @@ def _encode_ids(params, config, rows, pad, limit, pooling, batch_size, texts, ad
         chosen = order[start : start + count]
         length = bucket_length(max(len(rows[i]) for i in chosen), limit, texts=texts)
         ids, mask = pad_ids([rows[i] for i in chosen], length, count, pad)
-        pending.append((chosen, _sentence_vectors(params, ids, mask, config, compute_dtype(), pooling)))
+        found = None if features is None else pad_ids([features[i] for i in chosen], length, count, 0)[0]
+        pending.append((chosen, _sentence_vectors(params, ids, mask, config, compute_dtype(), pooling, found)))
         if len(pending) > 2:  # let the device run ahead of the host, but not without bound
             advance(_drain(pending.pop(0), out))
     for item in pending:

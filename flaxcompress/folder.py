@@ -18,10 +18,10 @@ import numpy as np
 from flaxcompress import storage, tree
 from flaxcompress.card import model_card
 from flaxcompress.config import GENERATING, ModelConfig, closest
-from flaxcompress.families import FAMILIES
-from flaxcompress.families.base import write_classes
-from flaxcompress.families.llama2c import find_checkpoint, read_checkpoint
+from flaxcompress.families import CHECKPOINTS, FAMILIES, Family
+from flaxcompress.families.base import Stored, write_classes
 from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
+from flaxcompress.heads import with_head
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import (
     TOKENIZER_FILES,
@@ -38,6 +38,7 @@ MODEL_TYPE = "flaxcompress"
 _CLASSES = {
     "none": ("AutoModel", "FlaxCompressModel"),
     "masked_lm": ("AutoModelForMaskedLM", "FlaxCompressForMaskedLM"),
+    "pretraining": ("AutoModelForPreTraining", "FlaxCompressForSentencePretraining"),
     "replaced_token": ("AutoModelForPreTraining", "FlaxCompressForPreTraining"),
     "sequence_classification": ("AutoModelForSequenceClassification", "FlaxCompressForClassification"),
     "token_classification": ("AutoModelForTokenClassification", "FlaxCompressForClassification"),
@@ -88,25 +89,32 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-def load(name: str | Path, *, head: str | None = None) -> Model:
+def load(
+    name: str | Path, *, head: str | None = None, classes: int | None = None, key: jax.Array | None = None
+) -> Model:
     """Loads a model from a Hugging Face folder, a folder of ours, a hub id, or "minilm"; without torch.
 
-    A checkpoint of llama2.c is loaded too: its .bin file, or the folder that holds it.
+    A checkpoint of llama2.c is loaded too: its .bin file, or the folder that holds it; and one of Google's ALBERT, its
+    variables in an .npz beside albert_config.json.
 
     Args:
-      head: "masked_lm", "causal_lm", … or "none" to override what config.json's architecture says.
+      head: "masked_lm", "causal_lm", … or "none" to override what config.json's architecture says. Where the checkpoint
+        does not have it (with so many classes), its weights are random.
+      classes: C, of a classifier's new head.
+      key: draws a new head's weights.
 
     Raises:
       FileNotFoundError: no such folder or hub id, or no weights in it.
-      ValueError: an unknown model_type, pickled weights, a damaged file, missing or unexpected tensors, or shapes that
-        contradict the config.
+      ValueError: an unknown model_type, pickled weights, a damaged file, missing or unexpected tensors, shapes that
+        contradict the config, or a new head without `key` or `classes`.
     """
-    if (file := find_checkpoint(Path(name))) is not None:
-        config, flat, assets = read_checkpoint(file)
-        config = config if head is None else config.replace(head=head)
-        if head == "none":
-            flat.pop("head/output/kernel", None)
-        return Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+    for checkpoint in CHECKPOINTS:
+        if (file := checkpoint.find(Path(name))) is None:
+            continue
+        config, flat, assets = checkpoint.read(file)
+        _check_shapes(file, config, flat)
+        model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+        return model if head is None else with_head(model, head, classes=classes, key=key)
     folder = resolve(name)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -116,19 +124,47 @@ def load(name: str | Path, *, head: str | None = None) -> Model:
         raise ValueError(f"{config_path}: expected an object, got {type(hf).__name__}")
     model_type = hf.get("model_type")
     if model_type == MODEL_TYPE:
-        return _load_own(folder, hf)
+        return _load_own(folder, hf, head, classes, key)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = closest(str(model_type), [*FAMILIES, MODEL_TYPE])
         raise ValueError(f"{config_path}: model_type {model_type!r} is not supported; {known}")
-    if head == "none":
-        hf = {**hf, "architectures": []}
-    config = FAMILIES[model_type].read_config(hf)
-    if head is not None:
-        config = config.replace(head=head)
     tensors = storage.Tensors(storage.weight_files(folder))
-    config, flat = _read_family(folder, config, tensors)
+    hf, fresh = _stating_head(hf, FAMILIES[model_type], head, classes, tensors)
+    config, flat = _read_family(folder, FAMILIES[model_type].read_config(hf), tensors)
     assets = read_assets(folder, positions=config.positions, source=_source_name(name, hf))
-    return Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+    model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+    return with_head(model, head, classes=classes, key=key) if head is not None and fresh else model
+
+
+def _check_shapes(file: Path, config: ModelConfig, flat: tree.Flat) -> None:
+    for address, leaf in abstract_flat(config).items():
+        if tuple(leaf.shape) != flat[address].shape:
+            raise ValueError(
+                f"{file}: {address} has shape {list(flat[address].shape)}, its config implies {list(leaf.shape)}"
+            )
+
+
+def _stating_head(
+    hf: Mapping[str, Any], family: Family, head: str | None, classes: int | None, tensors: storage.Tensors
+) -> tuple[Mapping[str, Any], bool]:
+    """A config whose architecture has the head that is asked for; one without head where that has to be made anew."""
+    if head is None:
+        return hf, False
+    plain = {**hf, "architectures": []}
+    if head not in family.heads:
+        return plain, head != "none"
+    counted = {"num_labels": classes, "id2label": None} if classes is not None else {}
+    hf = {**hf, "architectures": [family.heads[head][0]], **counted}
+    config = family.read_config(hf)
+    stored = {family.canonical(name): name for name in tensors}
+    shapes = abstract_flat(config)
+
+    def fits(address: str, where: Stored) -> bool:
+        shape = where.shape(shapes[address].shape)
+        return where.name in stored and tensors.shape(stored[where.name]) == shape
+
+    found = all(fits(a, where) for a, where in family.names(config).items() if a.startswith("head/"))
+    return (hf, False) if found else (plain, True)
 
 
 def _source_name(name: str | Path, hf: Mapping[str, Any]) -> str:
@@ -190,17 +226,21 @@ def _some(names: Sequence[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + more
 
 
-def _load_own(folder: Path, hf: Mapping[str, Any]) -> Model:
+def _load_own(
+    folder: Path, hf: Mapping[str, Any], head: str | None, classes: int | None, key: jax.Array | None
+) -> Model:
     if not isinstance(hf.get("flaxcompress"), dict):
         raise ValueError(
             f"{folder / 'config.json'}: model_type is {MODEL_TYPE!r} but the key 'flaxcompress' is missing"
         )
-    config = ModelConfig.from_json(hf["flaxcompress"])
+    own = hf["flaxcompress"]
+    other = head is not None and (head != own.get("head") or classes not in (None, own.get("classes")))
+    config = ModelConfig.from_json({**own, "head": "none", "classes": 0} if other else own)
     tensors = storage.Tensors(storage.weight_files(folder))
     abstract = abstract_flat(config)
     wanted = {n: leaf for address, node in abstract.items() for n, leaf in to_tensors(node, address).items()}
     missing = [n for n in wanted if n not in tensors]
-    extra = [n for n in tensors if n not in wanted]
+    extra = [n for n in tensors if n not in wanted and not (other and n.startswith("head/"))]
     if missing or extra:
         what = [f"missing {_some(missing)}"] if missing else []
         what += [f"unexpected {_some(extra)}"] if extra else []
@@ -226,7 +266,8 @@ def _load_own(folder: Path, hf: Mapping[str, Any]) -> Model:
         licence=source.get("licence", ""),
         max_length=min(source.get("max_length", config.positions), config.positions),
     )
-    return Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+    model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
+    return with_head(model, head, classes=classes, key=key) if head is not None and other else model
 
 
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
@@ -240,7 +281,7 @@ def tensors_of(model: Model) -> dict[str, np.ndarray]:
 def own_config(model: Model) -> dict[str, Any]:
     """The config.json of a saved folder: our structure, and the few names that other libraries read."""
     config = model.config
-    auto, code = _CLASSES[config.head]
+    auto, code = _CLASSES.get(config.head, _CLASSES["none"])
     if config.patches is not None and config.head == "sequence_classification":
         auto = "AutoModelForImageClassification"
     return {
@@ -282,6 +323,12 @@ def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None 
     """Writes the model's files into an existing folder; `save` does so atomically."""
     if any(isinstance(n, FakeQuantized) for n in jax.tree.leaves(model.params, is_leaf=_is_fake)):
         raise ValueError("save: the model is in training form; train.freeze_model gives the one to save")
+    if model.config.head not in _CLASSES:
+        log.warning(
+            "the head %r is none of flaxcompress's own: PyTorch loads this folder without it (AutoModel, hidden "
+            "states); fc.load needs it registered first",
+            model.config.head,
+        )
     storage.write_tensors(folder / storage.WEIGHTS, tensors_of(model))
     config = own_config(model)
     code = [f for f in resources.files("flaxcompress.export").iterdir() if re.fullmatch(_CODE, f.name)]

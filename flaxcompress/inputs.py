@@ -75,6 +75,23 @@ def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, segme
     return jnp.asarray(ids, jnp.int32), mask, segments
 
 
+def check_features(config: ModelConfig, feature_ids: Any, ids: Any) -> Any:
+    """Feature ids [B, T] as int32, or ValueError for a model without lexicon, another shape, and ids outside of it."""
+    if feature_ids is None:
+        return None
+    if config.lexicon is None:
+        raise ValueError("feature_ids: the model has no lexicon; with_lexicon gives it one")
+    if tuple(np.shape(feature_ids)) != tuple(ids.shape):
+        raise ValueError(f"feature_ids: shape {list(np.shape(feature_ids))} differs from input_ids' {list(ids.shape)}")
+    if not is_traced(feature_ids):
+        values = np.asarray(feature_ids)
+        if values.size and not 0 <= values.min() <= values.max() <= config.lexicon.entries:
+            raise ValueError(
+                f"feature_ids: values {values.min()} … {values.max()} lie outside 0 … {config.lexicon.entries}"
+            )
+    return jnp.asarray(feature_ids, jnp.int32)
+
+
 def check_cache(config: ModelConfig, cache: Cache, ids: Any, target: Any = None) -> None:
     """Raises ValueError where tokens [B, T], of the decoder where there is one, do not fit behind those in a cache."""
     batch, slots = cache.real.shape

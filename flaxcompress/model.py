@@ -18,7 +18,14 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.decoding import Constraint, Conversation, OnToken, Prompt, Sampling, generate
 from flaxcompress.encoding import compute_dtype, encode_stream
 from flaxcompress.formats import nbytes, spec_of, stored_values
-from flaxcompress.inputs import check_cache, check_decoder_inputs, check_inputs, check_pixels, is_traced
+from flaxcompress.inputs import (
+    check_cache,
+    check_decoder_inputs,
+    check_features,
+    check_inputs,
+    check_pixels,
+    is_traced,
+)
 from flaxcompress.nn import Cache, Transformer, init_cache, run
 from flaxcompress.text import Assets
 
@@ -30,7 +37,8 @@ class ModelOutput:
     Attributes:
       last_hidden_state: [B, T, D].
       pooled: [B, D], BERT's tanh of the first token; sentence vectors come from `Model.encode`.
-      logits: [B, T, V] of the masked-LM head.
+      logits: of the head, float32: [B, T, V] of a language model, [B, C] or [B, T, C] of a classifier; of
+        "pretraining", `logits.masked_lm` [B, T, V] and `logits.sentence_order` [B, C].
       hidden_states: L + 1 tensors [B, T, D], embeddings first.
       attentions: L tensors [B, H, T, T].
       cache: keys and values for later tokens, where a cache was given; None otherwise.
@@ -69,6 +77,7 @@ class Model:
         attention_mask: Any = None,
         segment_ids: Any = None,
         *,
+        feature_ids: Any = None,
         pixel_values: Any = None,
         decoder_input_ids: Any = None,
         decoder_attention_mask: Any = None,
@@ -77,6 +86,9 @@ class Model:
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Runs the network on token ids [B, T]; `attention_mask` [B, T] is 1 where a token is real.
+
+        `feature_ids` [B, T] are those of a lexicon's terms (see `Terms.find`), where the model has one; without them no
+        token has any.
 
         Models of images take `pixel_values` [B, C, height, width] instead; positions are stretched to the image's size.
         A model with a decoder takes the decoder's tokens too; without them, its encoder alone runs. While decoding with
@@ -91,6 +103,7 @@ class Model:
             ids, mask, segments = None, None, None
         else:
             ids, mask, segments = check_inputs(self.config, input_ids, attention_mask, segment_ids, pixel_values)
+        features = check_features(self.config, feature_ids, ids)
         batch = None if ids is None else ids.shape[0]
         target = check_decoder_inputs(self.config, decoder_input_ids, decoder_attention_mask, batch)
         if cache is not None:
@@ -103,10 +116,11 @@ class Model:
             blocks = functools.partial(
                 _forward_blocks, self.params, config=self.config, dtype=compute_dtype(), rows=rows
             )
-            out = side_by_side(blocks, ids, mask, segments)
+            out = side_by_side(blocks, ids, mask, segments, features)
         else:
             need = (output_hidden_states, output_attentions)
-            out = _forward(self.params, ids, mask, segments, target, cache, self.config, compute_dtype(), *need)
+            inputs = (ids, mask, segments, features, target, cache)
+            out = _forward(self.params, *inputs, self.config, compute_dtype(), *need)
         split = lambda x: None if x is None else tuple(x)  # noqa: E731
         encoder = out if self.config.decoder is not None and target[0] is None else out.encoder
         return ModelOutput(
@@ -235,16 +249,19 @@ class Model:
         return sum(stored_values(node) for node in tree.View(tree.abstract(self.params)).values())
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _forward(params, ids, mask, segments, target, cache, config, dtype, hidden_states, attentions):
-    need = {"need_hidden_states": hidden_states, "need_attentions": attentions}
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10))
+def _forward(params, ids, mask, segments, features, target, cache, config, dtype, hidden_states, attentions):
+    need = {"need_hidden_states": hidden_states, "need_attentions": attentions, "features": features}
     decoder = {"decoder_ids": target[0], "decoder_mask": target[1]}
     return run(params, config, dtype, ids, mask, segments, cache=cache, **decoder, **need)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "rows"))
-def _forward_blocks(params, ids, mask, segments, *, config, dtype, rows):
-    return by_blocks(functools.partial(run, params, config, dtype), rows)(ids, mask, segments)
+def _forward_blocks(params, ids, mask, segments, features, *, config, dtype, rows):
+    def one(ids, mask, segments, features):
+        return run(params, config, dtype, ids, mask, segments, features=features)
+
+    return by_blocks(one, rows)(ids, mask, segments, features)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -16,6 +16,7 @@ import numpy as np
 from flaxcompress.config import closest
 from flaxcompress.tokenizer import make_tokenizer, read_options, vocabulary_lines
 
+LEXICON = "lexicon.json"  # terms and their feature ids
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,6 +29,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "added_tokens.json",
     "chat_template.jinja",
+    LEXICON,
 )
 _ONE_OF = ("tokenizer.json", "vocab.txt", "merges.txt", "source.spm", "spiece.model")  # has a tokenizer
 POOLING_MODES = {

@@ -69,6 +69,7 @@ def modernbert(rng):
         "hidden_activation": base["hidden_act"],
         "classifier_activation": str(rng.choice(["gelu", "silu"])),
         "classifier_bias": bool(rng.integers(2)),
+        "classifier_pooling": str(rng.choice(["cls", "mean"])),
         "norm_bias": bool(rng.integers(2)),
         "attention_bias": bool(rng.integers(2)),
         "mlp_bias": bool(rng.integers(2)),
@@ -200,12 +201,24 @@ def marian(rng):
     }
 
 
-def causal(classes):
-    return {"none": f"{classes}Model", "causal_lm": f"{classes}ForCausalLM"}
+CLASSIFIERS = {
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+}
+
+
+def causal(classes, language_model="ForCausalLM"):
+    more = {head: classes + suffix for head, suffix in CLASSIFIERS.items()}
+    return {"none": f"{classes}Model", "causal_lm": classes + language_model, **more}
 
 
 def with_labels(draw):
     return lambda rng: {**draw(rng), "num_labels": int(rng.integers(2, 6))}
+
+
+def with_padding(draw):  # by whose id transformers finds a sequence's last token
+    return lambda rng: {**with_labels(draw)(rng), "pad_token_id": 2 * int(rng.integers(2))}
 
 
 def heads(classes, *names):
@@ -215,6 +228,7 @@ def heads(classes, *names):
         "token": ("token_classification", "ForTokenClassification"),
         "span": ("span", "ForQuestionAnswering"),
         "replaced": ("replaced_token", "ForPreTraining"),
+        "order": ("pretraining", "ForPreTraining"),
     }
     return {
         "none": f"{classes}Model",
@@ -225,19 +239,19 @@ def heads(classes, *names):
 
 # family: (config class, how a config is drawn, {our head: transformers' class})
 CASES = {
-    "bert": ("BertConfig", with_labels(with_segments), heads("Bert", "sequence", "token", "span")),
-    "roberta": ("RobertaConfig", with_labels(with_segments), heads("Roberta", "token", "span")),
-    "xlm-roberta": ("XLMRobertaConfig", with_labels(with_segments), heads("XLMRoberta", "token", "span")),
-    "distilbert": ("DistilBertConfig", with_labels(distilbert), heads("DistilBert", "token", "span")),
-    "mpnet": ("MPNetConfig", with_labels(encoder), heads("MPNet", "token", "span")),
-    "electra": ("ElectraConfig", with_labels(electra), heads("Electra", "replaced", "token", "span")),
-    "albert": ("AlbertConfig", with_labels(albert), heads("Albert", "sequence", "token", "span")),
-    "modernbert": ("ModernBertConfig", modernbert, heads("ModernBert")),
-    "gpt2": ("GPT2Config", gpt2, {"none": "GPT2Model", "causal_lm": "GPT2LMHeadModel"}),
-    "llama": ("LlamaConfig", llama_biased, causal("Llama")),
-    "mistral": ("MistralConfig", mistral, causal("Mistral")),
-    "qwen2": ("Qwen2Config", qwen2, causal("Qwen2")),
-    "qwen3": ("Qwen3Config", qwen3, causal("Qwen3")),
+    "bert": ("BertConfig", with_labels(with_segments), heads("Bert", "order", "sequence", "token", "span")),
+    "roberta": ("RobertaConfig", with_labels(with_segments), heads("Roberta", "sequence", "token", "span")),
+    "xlm-roberta": ("XLMRobertaConfig", with_labels(with_segments), heads("XLMRoberta", "sequence", "token", "span")),
+    "distilbert": ("DistilBertConfig", with_labels(distilbert), heads("DistilBert", "sequence", "token", "span")),
+    "mpnet": ("MPNetConfig", with_labels(encoder), heads("MPNet", "sequence", "token", "span")),
+    "electra": ("ElectraConfig", with_labels(electra), heads("Electra", "replaced", "sequence", "token", "span")),
+    "albert": ("AlbertConfig", with_labels(albert), heads("Albert", "order", "sequence", "token", "span")),
+    "modernbert": ("ModernBertConfig", with_labels(modernbert), heads("ModernBert", "sequence", "token", "span")),
+    "gpt2": ("GPT2Config", with_padding(gpt2), causal("GPT2", "LMHeadModel")),
+    "llama": ("LlamaConfig", with_padding(llama_biased), causal("Llama")),
+    "mistral": ("MistralConfig", with_padding(mistral), causal("Mistral")),
+    "qwen2": ("Qwen2Config", with_padding(qwen2), causal("Qwen2")),
+    "qwen3": ("Qwen3Config", with_padding(qwen3), causal("Qwen3")),
     "t5": ("T5Config", t5, {"none": "T5Model", "seq2seq_lm": "T5ForConditionalGeneration"}),
     "marian": ("MarianConfig", marian, {"none": "MarianModel", "seq2seq_lm": "MarianMTModel"}),
 }
@@ -293,6 +307,22 @@ def close(got, want, mask=None):
         got, want = got[mask], want[mask]
     assert np.isfinite(got).all()
     assert np.abs(got - want).max() <= RELATIVE * np.abs(want).max()
+
+
+def logits_of(out, head):
+    """What transformers' output (or that of a saved folder's class) holds where ours has `logits`, as a list."""
+    if head == "span":
+        return [torch.stack([out.start_logits, out.end_logits], -1)]
+    if head == "pretraining":
+        name = next(n for n in ("sop_logits", "seq_relationship_logits") if n in out)
+        return [out.prediction_logits, out[name]]
+    return [out.logits]
+
+
+def close_logits(got, want, head, mask):
+    """Compares our logits with `logits_of`; those of whole sequences, [B, C], have no tokens to mask."""
+    for ours, theirs in zip(got if head == "pretraining" else [got], want, strict=True):
+        close(ours, theirs, None if theirs.ndim == 2 and head != "replaced_token" else mask)
 
 
 HEADED = [(family, head) for family, (_, _, classes) in CASES.items() for head in classes]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from flaxcompress.config import FormatRule, ModelConfig, Sharing, closest, reject_unknown
+from flaxcompress.config import Classifier, FormatRule, ModelConfig, Sharing, closest, reject_unknown
 
 SMALL = {"vocabulary": 50, "width": 12, "layers": 3, "heads": 3, "feed_forward_width": 20}
 RANK = {"kind": "low_rank", "rank": 3, "left": {"kind": "quantized", "bits": 8}, "right": {"kind": "dense"}}
@@ -25,6 +25,12 @@ CONFIGS = {
         "head": "masked_lm",
     },
     "shared": {"sharing": Sharing(attention=(0, 0, 0), feed_forward=(0, 1, 0), norms=(0, 1, 2))},
+    "classifier": {
+        "head": "sequence_classification",
+        "head_activation": "tanh",
+        "classes": 3,
+        "classifier": Classifier(pooling="mean", transform=True, norm=True, bias=False),
+    },
     "formats": {
         "formats": (
             FormatRule(pattern=r"layers/\d+/.*/kernel", spec=RANK),
@@ -63,6 +69,7 @@ def test_json_round_trip(changes):
         ({"attention_dropout": -0.1}, r"attention_dropout must lie in \[0, 1\)"),
         ({"pad_token": 50}, "pad_token 50 lies outside the vocabulary of 50"),
         ({"sharing": Sharing.own(2)}, "2 entries for 3 layers"),
+        ({"head": "token_classification"}, "needs classes"),
     ],
 )
 def test_refused(changes, message):
@@ -98,6 +105,10 @@ def test_sharing_counts_sets():
             "did you mean 'feed_forward'",
         ),
         ({"sharing": {"attention": [0, 0, 0]}}, "sharing.*(feed_forward|norms)"),
+        ({"classifier": {"pooling": "mena"}}, "unknown pooling 'mena'.*did you mean 'mean'"),
+        ({"classifier": {"pool": "mean"}}, "config/classifier: unknown key 'pool'"),
+        ({"classifier": {"bias": 1}}, "classifier: bias must be true or false"),
+        ({"classifier": {"norm": True}}, "norm=True makes sense with transform=True only"),
         ({"formats": [["(", {"kind": "dense"}]]}, "is not a regular expression"),
         ({"formats": [["x", {"rank": 3}]]}, "needs an object with a 'kind'"),
         ({"formats": [["x", "dense"]]}, "needs an object with a 'kind'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from family_cases import CASES, DRAWS, HEADED, batch, close, drawn, weights  # noqa: E402
+from family_cases import (  # noqa: E402
+    CASES,
+    DRAWS,
+    HEADED,
+    batch,
+    close,
+    close_logits,
+    drawn,
+    logits_of,
+    perturbed,
+    weights,
+)
 
 import flaxcompress as fc  # noqa: E402
 from flaxcompress import tree  # noqa: E402
@@ -44,10 +57,8 @@ def test_outputs_equal_those_of_transformers(family, head, number, tmp_path):
     for mine, theirs, real in pairs:
         for a, b in zip(mine, theirs, strict=True):
             close(a, b, real)
-    if head == "span":
-        close(got.logits, torch.stack([want.start_logits, want.end_logits], -1), mask)
-    elif head != "none":
-        close(got.logits, want.logits, None if head == "sequence_classification" else mask)
+    if head != "none":
+        close_logits(got.logits, logits_of(want, head), head, mask)
     elif getattr(want, "pooler_output", None) is not None:
         close(got.pooled, want.pooler_output)
 
@@ -77,9 +88,10 @@ def test_names_are_a_bijection_and_counts_equal_transformers(family, head, tmp_p
 
 @pytest.mark.parametrize(("family", "head"), HEADED)
 def test_a_saved_folder_computes_the_same_in_pytorch(family, head, tmp_path):
+    from flaxcompress.export import modeling_flaxcompress as ours
     from flaxcompress.export.torch import check_folder
 
-    drawn(family, head, 2, tmp_path / "theirs")
+    network, seed = drawn(family, head, 2, tmp_path / "theirs")
     model = fc.load(tmp_path / "theirs")
     fc.save(model, tmp_path / "ours")
     again = fc.load(tmp_path / "ours")
@@ -87,3 +99,30 @@ def test_a_saved_folder_computes_the_same_in_pytorch(family, head, tmp_path):
         np.testing.assert_array_equal(a, b)
     assert again.config == model.config
     assert check_folder(again, tmp_path / "ours") <= 1e-4
+    if head == "none":
+        return
+    ids, mask = batch(network, seed, model.config.pad_token)
+    name = json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"][0]
+    with torch.no_grad():
+        out = getattr(ours, name).from_pretrained(tmp_path / "ours").eval()(torch.tensor(ids), torch.tensor(mask))
+    close_logits(model(ids, mask).logits, logits_of(out, head), head, mask)
+
+
+@pytest.mark.parametrize(("config_class", "head_class"), [("GPT2Config", "GPT2"), ("Qwen3Config", "Qwen3")])
+def test_without_a_padding_token_a_sequence_ends_where_the_mask_does(config_class, head_class, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2, "intermediate_size": 9}
+    config = getattr(transformers, config_class)(
+        vocab_size=20, hidden_size=8, head_dim=4, max_position_embeddings=12, num_labels=3, **sizes
+    )
+    assert config.pad_token_id is None
+    network = perturbed(getattr(transformers, f"{head_class}ForSequenceClassification")(config), 0)
+    network.save_pretrained(tmp_path / "theirs")
+    model = fc.load(tmp_path / "theirs")
+    ids = np.array([[3, 4, 5, 0]])  # 0 is an ordinary token here
+    with torch.no_grad():
+        want, shorter = network(torch.tensor(ids)).logits, network(torch.tensor(ids[:, :3])).logits
+    close(model(ids).logits, want)
+    close(model(ids, np.array([[1, 1, 1, 0]])).logits, shorter)
+    fc.export(model, tmp_path / "stock")
+    assert type(network).from_pretrained(tmp_path / "stock").config.pad_token_id is None

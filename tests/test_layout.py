@@ -17,7 +17,7 @@ PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
 # A unit (a file or a folder of the package) imports only from units to its left. `machine`, `sentence_piece`,
 # `tokenizer`, `storage` and `progress` are helpers beside `text`, `card` is one of `folder`; `encoding`, `blocks`,
-# `inputs` and `decoding` are of `model`.
+# `inputs` and `decoding` are of `model`; `heads` and `lexicon` put something on one.
 ORDER = (
     *(
         "config",
@@ -25,6 +25,7 @@ ORDER = (
         "sentence_piece",
         "tokenizer",
         "text",
+        "terms",
         "storage",
         "progress",
         "tree",
@@ -42,6 +43,8 @@ ORDER = (
         "inputs",
         "decoding",
         "model",
+        "heads",
+        "lexicon",
         "folder",
         "data",
         "evaluate",

@@ -10,6 +10,7 @@ from flaxcompress.compress.run import compress
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
 from flaxcompress.compress.tiers import TierSetting
 from flaxcompress.compress.trim import Trim
+from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
 __all__ = [
     "BitsFor",
@@ -24,6 +25,7 @@ __all__ = [
     "Step",
     "TierSetting",
     "Trim",
+    "TrimVocabulary",
     "compress",
     "known_steps",
     "recipe_names",

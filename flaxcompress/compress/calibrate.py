@@ -45,6 +45,7 @@ class Calibration:
     ):
         self.text = text
         self.vocabulary = vocabulary
+        self._settings = {"max_length": max_length, "scrambled": scrambled}
         limit = min(max_length, assets.max_length)
         self.rows = [cut(row, limit) for row in assets.tokenize(text.train).ids]
         flat = np.concatenate([np.asarray(row, np.int64) for row in self.rows])
@@ -52,6 +53,10 @@ class Calibration:
         if scrambled:
             self.rows = _scrambled(self.rows, scrambled, self.token_counts, first_ordinary_token(assets))
         self._statistics: dict[str, tuple[Any, Any]] = {}
+
+    def with_tokens(self, assets: Assets, vocabulary: int) -> Calibration:
+        """The same text, cut by another tokenizer."""
+        return Calibration(self.text, assets, vocabulary=vocabulary, **self._settings)
 
     def sample(self, count: int, *, seed: int = 0) -> list[list[int]]:
         """`count` different sentences, drawn by `seed`; all of them when there are fewer."""

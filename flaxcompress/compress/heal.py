@@ -140,7 +140,7 @@ def distillation_loss(
     ids, mask = batch
     mask = jnp.asarray(mask)
     dtype = compute_dtype()
-    with_logits = step.logits > 0 and student.head == teacher.head == "masked_lm"
+    with_logits = step.logits > 0 and all(c.head in ("masked_lm", "pretraining") for c in (student, teacher))
 
     def run(config: ModelConfig, values: Any, remat: str = "none") -> Any:
         need = {"need_hidden_states": True, "need_logits": with_logits, "remat": remat}
@@ -158,5 +158,6 @@ def distillation_loss(
             s.hidden_states[1:].astype(jnp.float32), t.hidden_states[1:].astype(jnp.float32), mask
         )
     if with_logits:
-        total += step.logits * logits_loss(s.logits, t.logits, mask)
+        ours, theirs = (getattr(out.logits, "masked_lm", out.logits) for out in (s, t))
+        total += step.logits * logits_loss(ours, theirs, mask)
     return total

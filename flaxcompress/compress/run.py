@@ -20,6 +20,7 @@ from flaxcompress import storage
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.recipe import Recipe
 from flaxcompress.compress.step import Context
+from flaxcompress.compress.trim_vocabulary import follow
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.evaluate import Report, compare_vectors, profile
 from flaxcompress.folder import load, tensors_of, write_model
@@ -105,11 +106,15 @@ def _run_step(number, step, model: Model, context: Context, key, recipe: Recipe)
         context.spectra[:], context.healing[:] = state["spectra"], state["healing"]
         restored = load(folder)
         log.warning("%s: taken from an earlier run", step.name)
-        return dataclasses.replace(
-            restored, assets=dataclasses.replace(model.assets, max_length=restored.assets.max_length)
-        ), state["entry"]
+        fewer = restored.config.vocabulary != model.config.vocabulary  # its tokenizer is another one, too
+        files = restored.assets.files if fewer else model.assets.files
+        kept = {"max_length": restored.assets.max_length, "end_tokens": restored.assets.end_tokens, "files": files}
+        restored = dataclasses.replace(restored, assets=dataclasses.replace(model.assets, **kept))
+        follow(context, model, restored)
+        return restored, state["entry"]
     begin = time.perf_counter()
-    model = step(model, context, key=key)
+    before, model = model, step(model, context, key=key)
+    follow(context, before, model)
     jax.block_until_ready(model.params)
     entry = {
         "name": step.name,

@@ -1,8 +1,18 @@
 """ModelConfig and its parts: frozen, validated on construction, JSON both ways."""
 
+from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule
-from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, GENERATING, HEADS, ModelConfig
+from flaxcompress.config.lexicon import Lexicon
+from flaxcompress.config.model import (
+    ACTIVATIONS,
+    CLASSIFIERS,
+    GENERATING,
+    HEADS,
+    ModelConfig,
+    add_head_name,
+    own_heads,
+)
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
@@ -15,13 +25,17 @@ __all__ = [
     "HEADS",
     "PARTS",
     "SUBLAYERS",
+    "Classifier",
     "Deltas",
     "FormatRule",
+    "Lexicon",
     "ModelConfig",
     "Patches",
     "Rotary",
     "Sets",
     "Sharing",
+    "add_head_name",
     "closest",
+    "own_heads",
     "reject_unknown",
 ]

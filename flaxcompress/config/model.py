@@ -7,16 +7,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.deepnorm import DeepNorm, deepnorm, deepnorm_decoder, deepnorm_encoder
 from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
+from flaxcompress.config.lexicon import Lexicon
 from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.part import part_reader
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
 from flaxcompress.config.sharing import Sharing, read_sharing
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre", "sandwich")
 PARALLEL = ("none", "one_norm", "two_norms")
@@ -24,7 +26,23 @@ INITIALIZERS = ("normal", "truncated_normal", "xavier", "deepnorm")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "none")
 CLASSIFIERS = ("sequence_classification", "token_classification", "span")
 GENERATING = ("causal_lm", "seq2seq_lm")
-HEADS = ("none", "masked_lm", "replaced_token", *GENERATING, *CLASSIFIERS)
+HEADS = ("none", "masked_lm", "pretraining", "replaced_token", *GENERATING, *CLASSIFIERS)
+
+_OWN_HEADS: list[str] = []  # that callers registered, see nn/heads.py
+
+
+def own_heads() -> tuple[str, ...]:
+    """The names of heads that were registered beside `HEADS`."""
+    return tuple(_OWN_HEADS)
+
+
+def add_head_name(name: str) -> None:
+    """Makes a name a valid `head`. Raises ValueError for one of `HEADS`, and for one that is no plain name."""
+    if name in HEADS or not re.fullmatch(r"[a-z]\w*", name):
+        raise ValueError(f"register_head: {name!r} is {'taken' if name in HEADS else 'not a name in lower case'}")
+    if name not in _OWN_HEADS:
+        _OWN_HEADS.append(name)
+
 
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 # How fields that are objects in JSON are read: a function of the object and of where it stands.
@@ -32,6 +50,8 @@ _READERS: dict[str, Any] = {
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
     "deltas": part_reader(Deltas),
+    "classifier": part_reader(Classifier),
+    "lexicon": part_reader(Lexicon),
     "formats": read_rules,
 }
 
@@ -67,7 +87,9 @@ class ModelConfig:
       patches: images instead of token ids: `vocabulary` is then 0.
       deltas: what each layer adds to its linear maps, low-rank; None: nothing. Without a map in `sharing`, every layer
         owns its deltas.
-      classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token.
+      classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token. Beside a
+        masked LM ("pretraining"), of two sentences: in order or not, or the second one following the first or not.
+      classifier: what such a head does before its map to the classes.
       position_embedding: what is added to the embeddings: a "learned" table of positions, "sinusoidal" ones (Vaswani et
         al. 2017, §3.5; all sines before all cosines) or "none".
       embedding_scale: the token table's rows are multiplied by it.
@@ -86,6 +108,7 @@ class ModelConfig:
       tied: whether a language-modelling head reads the token table, or has a kernel of its own.
       logit_scale: what such a head multiplies its input by.
       logit_bias: whether it adds a bias to the logits.
+      lexicon: embeddings from outside for tokens of a lexicon's terms; None: there are none.
       decoder: the structure of the decoder that attends to these layers' output; None: there is none. Its vocabulary is
         0, since it reads this token table, and its matrices stand below "decoder/".
       sharing: which weight set each layer uses, part by part; None: every layer owns its weights. JSON may have a name
@@ -132,6 +155,7 @@ class ModelConfig:
     patches: Patches | None = None
     deltas: Deltas | None = None
     classes: int = 0
+    classifier: Classifier = Classifier()  # noqa: RUF009  (frozen)
     position_embedding: str = "learned"
     embedding_norm: bool = True
     gated: bool = False
@@ -147,6 +171,7 @@ class ModelConfig:
     attention_scale: float | None = None
     logit_scale: float = 1.0
     logit_bias: bool = False
+    lexicon: Lexicon | None = None
     decoder: ModelConfig | None = None
     sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (None: every layer owns its weights)
     formats: tuple[FormatRule, ...] = ()
@@ -217,14 +242,21 @@ class ModelConfig:
         for name in (self.activation, self.head_activation or self.activation):
             if name not in ACTIVATIONS:
                 raise ValueError(f"config: unknown activation {name!r}; {closest(name, ACTIVATIONS)}")
-        if self.head not in HEADS:
-            raise ValueError(f"config: unknown head {self.head!r}; {closest(self.head, HEADS)}")
+        if self.head not in (*HEADS, *_OWN_HEADS):
+            known = closest(self.head, (*HEADS, *_OWN_HEADS))
+            raise ValueError(f"config: unknown head {self.head!r}; {known}; register_head makes one of your own known")
         if not self.norm_epsilon > 0:
             raise ValueError(f"config: norm_epsilon must be positive, got {self.norm_epsilon}")
         for name in ("dropout", "attention_dropout", "layer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.head in CLASSIFIERS and not self.classes:
+        if self.lexicon is not None and not self.vocabulary:
+            raise ValueError("config: a lexicon needs tokens: a model of images, and a decoder, cannot have one")
+        if self.head == "pretraining" and not self.pooler:
+            raise ValueError("config: the head 'pretraining' reads the pooler's output; it needs pooler=True")
+        if self.classifier.pooling == "last_unpadded" and self.patches is not None:
+            raise ValueError("config: classifier: a model of images has no padding; use pooling 'last'")
+        if self.head in (*CLASSIFIERS, "pretraining") and not self.classes:
             raise ValueError(f"config: a head {self.head!r} needs classes, the number of classes")
         if self.vocabulary and not 0 <= self.pad_token < self.vocabulary:
             raise ValueError(f"config: pad_token {self.pad_token} lies outside the vocabulary of {self.vocabulary}")

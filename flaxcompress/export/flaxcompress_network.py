@@ -16,6 +16,7 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "tanh": torch.tanh,
 }
 
 
@@ -104,6 +105,10 @@ class Network:
             self.add_table("embedding/segment", c["segments"], self.narrow)
         if c["embedding_norm"]:
             self.add_norm("embedding/norm", self.narrow)
+        if c["lexicon"]:
+            self.add_table("embedding/lexicon/table", c["lexicon"]["entries"], c["lexicon"]["width"])
+            self.add_linear("embedding/lexicon/projection", c["lexicon"]["width"], self.narrow, bias=False)
+            self.add_linear("embedding/lexicon/gate", 2 * self.narrow, self.narrow)
 
     def _declare_feed_forward(self, address, inner):
         c, bias = self.structure, self.structure["feed_forward_bias"]
@@ -181,7 +186,7 @@ class Network:
 
     # ── embeddings and positions ─────────────────────────────────────────────────────────────────────────────────
 
-    def embed(self, ids, segments, positions, rows=None):
+    def embed(self, ids, segments, positions, rows=None, features=None):
         """[B, T] ids -> [B, T, D] in the model's dtype; rows are the token table's where it is another stack's."""
         c = self.structure
         x = take(self.weight("embedding/token"), ids) if rows is None else rows
@@ -194,9 +199,21 @@ class Network:
             x = x + (take(self.weight("embedding/position"), positions) if learned else self.sinusoids(positions))
         if c["segments"]:
             x = x + take(self.weight("embedding/segment"), torch.zeros_like(ids) if segments is None else segments)
+        x = x if features is None else self.fuse(x, features)
         x = self.norm(x, "embedding/norm") if c["embedding_norm"] else x
         x = self.drop(x.to(self.root.dtype))
         return self.linear(x, "embedding/projection") if c["embedding_width"] else x
+
+    def fuse(self, x, features):
+        """x [B, T, E] with the vectors of a lexicon's terms, through a gate, where feature ids [B, T] are above 0."""
+        if not self.structure["lexicon"]:
+            raise ValueError("feature_ids: the model has no lexicon")
+        if features.shape != x.shape[:2]:
+            raise ValueError(f"feature_ids: shape {list(features.shape)} is not {list(x.shape[:2])}")
+        vectors = take(self.weight("embedding/lexicon/table"), (features - 1).clamp(min=0))
+        added = self.linear(vectors, "embedding/lexicon/projection")
+        gate = torch.sigmoid(self.linear(torch.cat([x, added], -1), "embedding/lexicon/gate"))
+        return torch.where(features[..., None] > 0, x + gate * added, x)
 
     def sinusoids(self, positions):
         """sin(p/10000^(2i/E)) of every position p for i < E/2, then the cosines."""
@@ -279,6 +296,7 @@ class Network:
         memory_mask=None,
         need_states=False,
         need_attentions=False,
+        features=None,
     ):
         """Everything from token ids, or pixels, to `States`.
 
@@ -299,7 +317,7 @@ class Network:
         mask = ids.new_ones(ids.shape[0], before + length) if mask is None else mask
         if positions is None:
             positions = torch.arange(before, before + length, device=ids.device)[None]
-        x = self.embed(ids, segments, positions, rows)
+        x = self.embed(ids, segments, positions, rows, features)
         bias = self.relative_bias(length, before + length, ids.device) if c["relative_buckets"] else None
         if memory is not None:
             memory_mask = ids.new_ones(memory.shape[:2]) if memory_mask is None else memory_mask

@@ -7,6 +7,9 @@ as in model.safetensors: "embedding/norm/scale" is a tensor of the model itself,
 the module "embedding/token". What this file imports lies beside it: formats, attention, and the network made of them.
 """
 
+import dataclasses
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -20,10 +23,14 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from .flaxcompress_attention import KINDS as _ATTENTION  # noqa: F401  (transformers copies what this file imports)
 from .flaxcompress_formats import attend, matmul, take
 from .flaxcompress_network import Network
+
+logger = logging.get_logger(__name__)
 
 
 class FlaxCompressConfig(PretrainedConfig):
@@ -63,20 +70,29 @@ class FlaxCompressModel(PreTrainedModel):
     def _add_head(self):
         """The head's weights; the plain model keeps them too, so that saving it loses nothing."""
         c, net = self.structure, self.network
-        if c["head"] == "masked_lm":
+        if c["head"] in ("masked_lm", "pretraining"):
             net.add_linear("head/transform", c["width"], net.narrow, c["head_bias"])
             net.add_norm("head/norm", net.narrow)
             net.add_vector("head/bias", c["vocabulary"])
+            if c["head"] == "pretraining":
+                net.add_linear("head/order", c["width"], c["classes"])
         elif c["head"] == "replaced_token":
             net.add_linear("head/transform", c["width"], c["width"])
             net.add_linear("head/output", c["width"], 1)
-        elif c["classes"]:
-            net.add_linear("head/output", c["width"], c["classes"])
+        elif c["head"] in ("sequence_classification", "token_classification", "span"):
+            if c["classifier"]["transform"]:
+                net.add_linear("head/transform", c["width"], c["width"], c["head_bias"])
+            if c["classifier"]["norm"]:
+                net.add_norm("head/norm", c["width"])
+            net.add_linear("head/output", c["width"], c["classes"], c["classifier"]["bias"])
         elif c["head"] in ("causal_lm", "seq2seq_lm"):
             if not c["tied"]:
                 net.add_linear("head/output", c["width"], c["vocabulary"], bias=False)
             if c["logit_bias"]:
                 net.add_vector("head/bias", c["vocabulary"])
+        elif c["head"] != "none":
+            logger.warning(f"The head {c['head']!r} was made in JAX by its author; here the model has none.")
+            self._keys_to_ignore_on_load_unexpected = [r"^head/"]
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
@@ -95,9 +111,9 @@ class FlaxCompressModel(PreTrainedModel):
         """The parameter or module at an address."""
         return getattr(self, address)
 
-    def encode(self, ids, mask, segments, need_states, need_attentions, positions=None, past=None):
+    def encode(self, ids, mask, segments, need_states, need_attentions, positions=None, past=None, features=None):
         """All layers and the pooler; None for an output means what the config says."""
-        need = self._needed(need_states, need_attentions)
+        need = {**self._needed(need_states, need_attentions), "features": features}
         return BaseModelOutputWithPooling(*self.network(ids, mask, segments, positions, past, **need)[:4])
 
     def _needed(self, states, attentions):
@@ -139,6 +155,32 @@ class FlaxCompressModel(PreTrainedModel):
         y = attend(x, net.weight("embedding/token")) if tied else matmul(x, net.weight("head/output/kernel"))
         return y.float() + net.weight("head/bias").float() if c["logit_bias"] else y.float()
 
+    def masked_lm(self, x):
+        """Logits of masked tokens, float32, from a transform and the token table."""
+        y = self.network.norm(self.network.head_activation(self.network.linear(x, "head/transform")), "head/norm")
+        return attend(y, self.weight("embedding/token")).float() + self.weight("head/bias").float()
+
+    def pool(self, out, ids, mask):
+        """One vector [B, D] for each sequence, as the classifier's pooling says."""
+        how, x = self.structure["classifier"]["pooling"], out.last_hidden_state
+        if how == "pooler" and out.pooler_output is not None:
+            return out.pooler_output
+        if how in ("pooler", "first"):
+            return x[:, 0]
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.ne(0)
+        if how == "mean":
+            return ((x.float() * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+        counted = real if how == "last" else ids.ne(self.structure["pad_token"])
+        last = (counted * torch.arange(x.shape[1], device=x.device)).amax(1)  # the first token where none counts
+        return x[torch.arange(len(x), device=x.device), last]
+
+    def classify(self, x):
+        """Class logits, float32, after the classifier's transform and norm, where it has them."""
+        net, classifier = self.network, self.structure["classifier"]
+        x = net.head_activation(net.linear(x, "head/transform")) if classifier["transform"] else x
+        x = net.norm(x, "head/norm") if classifier["norm"] else x
+        return net.linear(x, "head/output").float()
+
     def _answer(self, out, return_dict):
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
@@ -153,6 +195,7 @@ class FlaxCompressModel(PreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids, or pixel_values, -> last_hidden_state [B, T, D], pooler_output [B, D] if there is one.
 
@@ -163,7 +206,9 @@ class FlaxCompressModel(PreTrainedModel):
             target = (decoder_input_ids, decoder_attention_mask)
             return self._answer(self.translate(input_ids, attention_mask, *target, **need), return_dict)
         x = input_ids if pixel_values is None else pixel_values
-        out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            x, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         return self._answer(out, return_dict)
 
 
@@ -181,15 +226,57 @@ class FlaxCompressForMaskedLM(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss over those that are not -100."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
-        y = self.network.linear(out.last_hidden_state, "head/transform")
-        y = self.network.norm(self.network.head_activation(y), "head/norm")
-        logits = attend(y, self.weight("embedding/token")).float() + self.weight("head/bias").float()
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
+        logits = self.masked_lm(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         out = MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
         return self._answer(out, return_dict)
+
+
+@dataclasses.dataclass
+class SentencePretrainingOutput(ModelOutput):
+    """prediction_logits [B, T, V] of masked tokens, sop_logits [B, C] of the two sentences' order."""
+
+    loss: Any = None
+    prediction_logits: Any = None
+    sop_logits: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+class FlaxCompressForSentencePretraining(FlaxCompressModel):
+    """Vocabulary logits [B, T, V], and logits [B, C] of the two sentences' order, float32 (BERT and ALBERT)."""
+
+    heads = ("pretraining",)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        labels=None,
+        sentence_order_label=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+        feature_ids=None,
+    ):
+        """[B, T] token ids -> both logits; with both labels, also the sum of their mean losses."""
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
+        words = self.masked_lm(out.last_hidden_state)
+        order = self.network.linear(out.pooler_output, "head/order").float()
+        loss = None
+        if labels is not None and sentence_order_label is not None:
+            loss = F.cross_entropy(words.flatten(0, 1), labels.flatten()) + F.cross_entropy(order, sentence_order_label)
+        kept = {"hidden_states": out.hidden_states, "attentions": out.attentions}
+        return self._answer(SentencePretrainingOutput(loss, words, order, **kept), return_dict)
 
 
 class FlaxCompressForPreTraining(FlaxCompressModel):
@@ -206,9 +293,12 @@ class FlaxCompressForPreTraining(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids -> logits [B, T]; with labels (1: replaced), also the mean loss over real tokens."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         y = self.network.head_activation(self.network.linear(out.last_hidden_state, "head/transform"))
         logits = self.network.linear(y, "head/output")[..., 0].float()
         loss = None
@@ -237,6 +327,7 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
         logits_to_keep=0,
         **unused,
     ):
@@ -244,7 +335,7 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         need = (output_hidden_states, output_attentions, position_ids, past_key_values)
-        out = self.encode(input_ids, attention_mask, None, *need)
+        out = self.encode(input_ids, attention_mask, None, *need, features=feature_ids)
         x: torch.Tensor = out.last_hidden_state  # type: ignore
         x = x[:, -logits_to_keep:] if logits_to_keep else x
         logits = self.vocabulary_logits(x)
@@ -274,14 +365,17 @@ class FlaxCompressForClassification(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """Token ids [B, T], or pixel_values, -> logits; with labels, also the mean loss where they are not -100."""
         x = input_ids if pixel_values is None else pixel_values
-        out = self.encode(x, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        out = self.encode(
+            x, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
         y: torch.Tensor = out.last_hidden_state  # type: ignore
         if self.structure["head"] == "sequence_classification":
-            y = y[:, 0] if out.pooler_output is None else out.pooler_output
-        logits = self.network.linear(y, "head/output").float()
+            y = self.pool(out, input_ids, attention_mask)
+        logits = self.classify(y)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2), labels.flatten())
         kept = {"hidden_states": out.hidden_states, "attentions": out.attentions}
         return self._answer(TokenClassifierOutput(loss=loss, logits=logits, **kept), return_dict)
@@ -302,10 +396,13 @@ class FlaxCompressForQuestionAnswering(FlaxCompressModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        feature_ids=None,
     ):
         """[B, T] token ids -> start_logits and end_logits; with positions, also their mean loss."""
-        out = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
-        start, end = self.network.linear(out.last_hidden_state, "head/output").float().unbind(-1)
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions, features=feature_ids
+        )
+        start, end = self.classify(out.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2

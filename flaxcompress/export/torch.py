@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import storage, tree
-from flaxcompress.config import GENERATING, ModelConfig
+from flaxcompress.config import GENERATING, HEADS, ModelConfig
 from flaxcompress.encoding import pool, sentence_vectors
 from flaxcompress.export.code import NAME, check_code
 from flaxcompress.export.merge import merge_deltas
@@ -66,6 +66,15 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
       ValueError: `out` exists and is not empty, or cannot be written.
     """
     out = Path(out)
+    if model.config.head not in HEADS:
+        raise ValueError(
+            f"export: the head {model.config.head!r} is of your own, and no stock class has it; export the model "
+            'without: with_head(model, "none")'
+        )
+    if model.config.lexicon is not None:
+        raise ValueError(
+            "export: no stock class has a lexicon; save the model instead, whose folder PyTorch loads, too"
+        )
     config, tensors = stock_tensors(model)
     hf = {**FAMILIES[config.family].write_config(config), "dtype": "float32"}
     with storage.new_folder(out, overwrite=overwrite) as folder:
@@ -94,7 +103,7 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         flat["embedding/segment"] = np.zeros((1, config.table_width), np.float32)
     arrays = {address: np.asarray(materialize(node), np.float32) for address, node in flat.items()}
     # Under a head, transformers keeps the encoder's tensors below the family's name and the head's beside it.
-    prefix = family.prefix if config.head != "none" else ""
+    prefix = family.prefix(config.head) if config.head != "none" else ""
     names = Names()
     for address, where in family.names(config).items():
         names[address] = where if address.startswith("head/") else where._replace(name=prefix + where.name)

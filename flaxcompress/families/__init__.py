@@ -1,12 +1,14 @@
-"""Hugging Face families by model_type. A new family is one file and one entry here."""
+"""Hugging Face families by model_type, and other kinds of checkpoints. A new one is one file and one entry here."""
 
 from flaxcompress.families import (
     albert,
+    albert_tf,
     bert,
     distilbert,
     electra,
     gpt2,
     llama,
+    llama2c,
     marian,
     modernbert,
     mpnet,
@@ -14,7 +16,7 @@ from flaxcompress.families import (
     t5,
     vit,
 )
-from flaxcompress.families.base import Family
+from flaxcompress.families.base import Checkpoint, Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -38,4 +40,6 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-__all__ = ["FAMILIES", "Family"]
+CHECKPOINTS: tuple[Checkpoint, ...] = (llama2c.CHECKPOINT, albert_tf.CHECKPOINT)
+
+__all__ = ["CHECKPOINTS", "FAMILIES", "Checkpoint", "Family"]

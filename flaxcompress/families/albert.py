@@ -10,7 +10,8 @@ from flaxcompress.families.base import Family, Names, architecture_of, classifie
 from flaxcompress.families.bert import IGNORED, RENAMES, read_encoder, write_encoder
 
 _HEADS = {
-    "masked_lm": ("AlbertForMaskedLM", "AlbertForPreTraining"),
+    "masked_lm": ("AlbertForMaskedLM",),
+    "pretraining": ("AlbertForPreTraining",),
     **classifier_heads("Albert", "sequence_classification", "token_classification", "span"),
 }
 
@@ -74,10 +75,12 @@ def names(config: ModelConfig) -> Names:
         out.norm(f"{ours}/norms/feed_forward", f"{theirs}.full_layer_layer_norm")
     if config.pooler:
         out.linear("pooler/dense", "pooler")
-    if config.head == "masked_lm":
+    if config.head in ("masked_lm", "pretraining"):
         out.linear("head/transform", "predictions.dense")
         out.norm("head/norm", "predictions.LayerNorm")
         out.vector("head/bias", "predictions.bias")
+    if config.head == "pretraining":
+        out.linear("head/order", "sop_classifier.classifier")
     out.classifier(config)
     return out
 
@@ -87,6 +90,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     shares=True,
     renames=RENAMES,
     ignored=(*IGNORED, r"predictions\.decoder\.(weight|bias)"),  # tied to the token table and to predictions.bias

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import Classifier, ModelConfig
+from flaxcompress.text import Assets
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -18,8 +20,9 @@ ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
+    "tanh": "tanh",
 }
-HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
+HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu", "tanh": "tanh"}
 
 
 class Stored(NamedTuple):
@@ -80,10 +83,15 @@ class Names(dict[str, Stored]):
         if bias:
             self[f"{address}/bias"] = Stored(f"{name}.bias", False, part)
 
-    def classifier(self, config: ModelConfig) -> None:
-        """The head of a classifier, where the config has one."""
-        if config.head in _CLASSIFIERS:
-            self.linear("head/output", _CLASSIFIERS[config.head][1])
+    def classifier(self, config: ModelConfig, output: str = "", *, transform: str = "", norm: str = "") -> None:
+        """The head of a classifier, where the config has one; `output` is "classifier" or "qa_outputs" if not given."""
+        if config.head not in _CLASSIFIERS:
+            return
+        if config.classifier.transform:
+            self.linear("head/transform", transform, bias=config.head_bias)
+        if config.classifier.norm:
+            self.norm("head/norm", norm, bias=config.norm_bias)
+        self.linear("head/output", output or _CLASSIFIERS[config.head][1], bias=config.classifier.bias)
 
     def norm(self, address: str, name: str, *, bias: bool = True) -> None:
         """A norm."""
@@ -108,6 +116,18 @@ def write_tensors(names: Names, arrays: Mapping[str, np.ndarray]) -> dict[str, n
     return out
 
 
+class Checkpoint(NamedTuple):
+    """A kind of checkpoint that is no Hugging Face folder.
+
+    Attributes:
+      find: a path -> the checkpoint's file, or None where there is none of this kind. Raises ValueError for several.
+      read: that file -> (config, {address: float32 array}, assets). Raises ValueError for a damaged one.
+    """
+
+    find: Callable[[Path], Path | None]
+    read: Callable[[Path], tuple[ModelConfig, dict[str, np.ndarray], Assets]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One Hugging Face model type.
@@ -117,8 +137,10 @@ class Family:
       read_config: Hugging Face config -> ModelConfig; raises ValueError for what the family does not support.
       write_config: ModelConfig -> a stock Hugging Face config.
       names: ModelConfig -> {address: where it is stored}, one entry per layer; per weight set where `shares`.
+      heads: our heads, and the transformers' classes that have them.
       base: the attribute under which transformers' classes with a head keep the encoder; None for `model_type`, "" for
         none.
+      bases: the same for heads whose classes have another.
       own_head: the kernel of a language-modelling head that is not tied just where a checkpoint holds one that differs
         from the token table, whatever the config says; None where the config decides.
       shares: whether the stock format stores shared weight sets once.
@@ -131,22 +153,23 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     names: Callable[[ModelConfig], Names]
+    heads: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     base: str | None = None
+    bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_head: str | None = None
     shares: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     head_prefixes: tuple[str, ...] = ()
 
-    @property
-    def prefix(self) -> str:
+    def prefix(self, head: str) -> str:
         """What a tensor name of the encoder begins with beside a head."""
-        base = self.model_type if self.base is None else self.base
+        base = self.bases.get(head, self.model_type if self.base is None else self.base)
         return f"{base}." if base else ""
 
     def canonical(self, name: str) -> str:
         """A checkpoint's tensor name in the family's current spelling, without a prefix."""
-        for prefix in ("module.", "model.", self.prefix):
+        for prefix in ("module.", "model.", *dict.fromkeys(map(self.prefix, ("none", *self.bases)))):
             name = name.removeprefix(prefix)
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
@@ -191,9 +214,20 @@ def classifier_heads(classes: str, *heads: str) -> dict[str, tuple[str, ...]]:
     return {head: (f"{classes}For{_CLASSIFIERS[head][0]}",) for head in heads}
 
 
+def last_token(hf: Mapping[str, Any], head: str) -> Classifier:
+    """The classifier of a decoder: the last token of a sequence, and no bias; of tokens, a map with one.
+
+    transformers looks for the last token that is not padding by its id, where the config has that of padding.
+    """
+    if head != "sequence_classification":
+        return Classifier()
+    padded = hf.get("pad_token_id") is not None
+    return Classifier(pooling="last_unpadded" if padded else "last", bias=False)
+
+
 def class_count(hf: Mapping[str, Any], head: str) -> int:
     """C of a classifier's head, from id2label; 0 for other heads."""
-    if head not in _CLASSIFIERS:
+    if head not in (*_CLASSIFIERS, "pretraining"):
         return 0
     return len(hf["id2label"]) if hf.get("id2label") else int(hf.get("num_labels", 2))
 
@@ -204,6 +238,12 @@ def write_classes(config: ModelConfig) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
 
 
+def write_padding(config: ModelConfig) -> dict[str, Any]:
+    """pad_token_id of a decoder; null where it has none, which 0 stands for unless a classifier reads it."""
+    read = config.classifier.pooling == "last_unpadded"
+    return {"pad_token_id": config.pad_token if read else config.pad_token or None}
+
+
 def architecture_of(config: ModelConfig, heads: Mapping[str, tuple[str, ...]], plain: str) -> str:
     """The name of transformers' class for the config's head; `plain` for none."""
     return heads[config.head][0] if config.head in heads else plain
@@ -211,7 +251,7 @@ def architecture_of(config: ModelConfig, heads: Mapping[str, tuple[str, ...]], p
 
 def tied(hf: Mapping[str, Any], head: str) -> None:
     """Raises ValueError for a masked-LM head with a table of its own."""
-    if head == "masked_lm" and not hf.get("tie_word_embeddings", True):
+    if head in ("masked_lm", "pretraining") and not hf.get("tie_word_embeddings", True):
         raise ValueError(
             "config.json: tie_word_embeddings is false, but only a head tied to the token table is supported; "
             'load it without: head="none"'

@@ -25,7 +25,8 @@ REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
 RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 IGNORED = (r"embeddings\.position_ids", r"embeddings\.token_type_ids")
 _HEADS = {
-    "masked_lm": ("BertForMaskedLM", "BertForPreTraining"),
+    "masked_lm": ("BertForMaskedLM",),
+    "pretraining": ("BertForPreTraining",),
     **classifier_heads("Bert", "sequence_classification", "token_classification", "span"),
 }
 
@@ -104,7 +105,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """transformers' BertConfig -> ModelConfig; an MLM head when the architecture names one."""
     head = head_of(hf, _HEADS)
     tied(hf, head)
-    return read_encoder(hf, "bert", head=head, pooler=head not in ("token_classification", "span"))
+    more = {"classes": 2} if head == "pretraining" else {}
+    return read_encoder(hf, "bert", head=head, pooler=head not in ("token_classification", "span"), **more)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -116,10 +118,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def names(config: ModelConfig) -> Names:
     """Where a checkpoint holds every weight."""
     out = encoder_names(config)
-    if config.head == "masked_lm":
+    if config.head in ("masked_lm", "pretraining"):
         out.linear("head/transform", "cls.predictions.transform.dense")
         out.norm("head/norm", "cls.predictions.transform.LayerNorm")
         out.vector("head/bias", "cls.predictions.bias")
+    if config.head == "pretraining":
+        out.linear("head/order", "cls.seq_relationship")
     out.classifier(config)
     return out
 
@@ -129,6 +133,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     renames=RENAMES,
     ignored=(*IGNORED, r"cls\.predictions\.decoder\.(weight|bias)"),  # tied to the token table and cls.predictions.bias
     head_prefixes=("cls.", "classifier.", "qa_outputs.", "pooler."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import Classifier, ModelConfig
 from flaxcompress.families.base import (
     HF_ACTIVATIONS,
     Family,
@@ -22,7 +22,7 @@ from flaxcompress.families.base import (
 
 _HEADS = {
     "masked_lm": ("DistilBertForMaskedLM",),
-    **classifier_heads("DistilBert", "token_classification", "span"),
+    **classifier_heads("DistilBert", "sequence_classification", "token_classification", "span"),
 }
 
 
@@ -31,6 +31,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     required(hf, "distilbert", ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"))
     head = head_of(hf, _HEADS)
     tied(hf, head)
+    sequence = head == "sequence_classification"
     return ModelConfig(
         family="distilbert",
         vocabulary=hf["vocab_size"],
@@ -47,6 +48,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         pad_token=hf.get("pad_token_id") or 0,
         pooler=False,
         head=head,
+        head_activation="relu" if sequence else None,
+        classifier=Classifier(pooling="first", transform=sequence),
         classes=class_count(hf, head),
     )
 
@@ -89,7 +92,7 @@ def names(config: ModelConfig) -> Names:
         out.linear("head/transform", "vocab_transform")
         out.norm("head/norm", "vocab_layer_norm")
         out.vector("head/bias", "vocab_projector.bias")
-    out.classifier(config)
+    out.classifier(config, transform="pre_classifier")
     return out
 
 
@@ -98,6 +101,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     ignored=(r"embeddings\.position_ids", r"vocab_projector\.weight"),  # the latter is tied to the token table
     head_prefixes=("vocab_", "pre_classifier.", "classifier.", "qa_outputs."),
 )

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import Classifier, ModelConfig
 from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, encoder_names, read_encoder, write_encoder
+from flaxcompress.families.roberta import TRANSFORMED, add_classifier
 
 _HEADS = {
     "replaced_token": ("ElectraForPreTraining",),
     "masked_lm": ("ElectraForMaskedLM",),
-    **classifier_heads("Electra", "token_classification", "span"),
+    **classifier_heads("Electra", "sequence_classification", "token_classification", "span"),
 }
 
 
@@ -25,7 +26,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         hf,
         "electra",
         head=head,
-        head_activation="gelu" if head == "masked_lm" else None,
+        head_activation="gelu" if head in ("masked_lm", "sequence_classification") else None,
+        classifier=TRANSFORMED if head == "sequence_classification" else Classifier(),
         embedding_width=None if inner == hf.get("hidden_size") else inner,
         pooler=False,
     )
@@ -49,7 +51,7 @@ def names(config: ModelConfig) -> Names:
     elif config.head == "replaced_token":
         out.linear("head/transform", "discriminator_predictions.dense")
         out.linear("head/output", "discriminator_predictions.dense_prediction")
-    out.classifier(config)
+    add_classifier(out, config)
     return out
 
 
@@ -58,6 +60,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     renames=RENAMES,
     ignored=(*IGNORED, r"generator_lm_head\.weight"),  # tied to the token table
     head_prefixes=("discriminator_predictions.", "generator_", "classifier.", "qa_outputs.", "sequence_summary."),

@@ -6,9 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.families.base import HF_ACTIVATIONS, Family, Names, activation, head_of, refuse, required
+from flaxcompress.families.base import (
+    HF_ACTIVATIONS,
+    Family,
+    Names,
+    activation,
+    architecture_of,
+    class_count,
+    classifier_heads,
+    head_of,
+    last_token,
+    refuse,
+    required,
+    write_classes,
+    write_padding,
+)
 
-_HEADS = {"causal_lm": ("GPT2LMHeadModel",)}
+_HEADS = {
+    "causal_lm": ("GPT2LMHeadModel",),
+    **classifier_heads("GPT2", "sequence_classification", "token_classification", "span"),
+}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -20,6 +37,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         ("add_cross_attention", False),
     ):
         refuse(hf, key, only)
+    head = head_of(hf, _HEADS)
     dropouts = {hf.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop")}
     return ModelConfig(
         family="gpt2",
@@ -41,7 +59,9 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         causal=True,
         norm_place="pre",
         final_norm=True,
-        head=head_of(hf, _HEADS),
+        head=head,
+        classifier=last_token(hf, head),
+        classes=class_count(hf, head),
         tied=bool(hf.get("tie_word_embeddings", True)),
     )
 
@@ -50,7 +70,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
     return {
         "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel" if config.head == "causal_lm" else "GPT2Model"],
+        "architectures": [architecture_of(config, _HEADS, "GPT2Model")],
         "vocab_size": config.vocabulary,
         "n_embd": config.width,
         "n_layer": config.layers,
@@ -64,7 +84,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "attn_pdrop": config.attention_dropout,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tied,
-        "pad_token_id": config.pad_token or None,
+        **write_padding(config),
+        **write_classes(config),
     }
 
 
@@ -85,6 +106,7 @@ def names(config: ModelConfig) -> Names:
     out.norm("final_norm", "ln_f")
     if config.head == "causal_lm" and not config.tied:
         out.linear("head/output", "lm_head", bias=False)
+    out.classifier(config, "score" if config.head == "sequence_classification" else "")
     return out
 
 
@@ -93,7 +115,8 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     base="transformer",
     ignored=(r"h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),  # a causal mask; tied to the token table
-    head_prefixes=("score.", "classifier.", "lm_head.", "multiple_choice_head."),
+    head_prefixes=("score.", "classifier.", "qa_outputs.", "lm_head.", "multiple_choice_head."),
 )

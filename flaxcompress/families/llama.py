@@ -12,7 +12,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.families.base import HF_ACTIVATIONS, Family, Names, activation, head_of, required
+from flaxcompress.families.base import (
+    HF_ACTIVATIONS,
+    Family,
+    Names,
+    activation,
+    architecture_of,
+    class_count,
+    classifier_heads,
+    head_of,
+    last_token,
+    required,
+    write_classes,
+    write_padding,
+)
 from flaxcompress.families.rotary import read_rotary, write_rotary
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -20,7 +33,10 @@ _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 @dataclasses.dataclass(frozen=True)
 class Kin:
-    """How one of them differs: the prefix of its classes, which maps have biases (None: as the config says), …"""
+    """How one of them differs: the prefix of its classes, which maps have biases (None: as the config says), …
+
+    `span_base` is where its class for answer spans keeps the layers.
+    """
 
     model_type: str
     classes: str
@@ -29,6 +45,13 @@ class Kin:
     query_key_norm: bool = False
     always_local: bool = False
     positions: int = 2048
+    span_base: str = "transformer"
+
+    @property
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """{our head: transformers' classes}."""
+        more = classifier_heads(self.classes, "sequence_classification", "token_classification", "span")
+        return {"causal_lm": (f"{self.classes}ForCausalLM",), **more}
 
 
 def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
@@ -36,6 +59,7 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
     required(hf, kin.model_type, _REQUIRED)
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     stated = bool(hf.get("attention_bias", False))
+    head = head_of(hf, kin.heads)
     window, local = _windows(hf, kin, layers)
     return ModelConfig(
         family=kin.model_type,
@@ -69,7 +93,9 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
         output_bias=stated if kin.output_bias is None else kin.output_bias,
         feed_forward_bias=bool(hf.get("mlp_bias", False)),
         query_key_norm=kin.query_key_norm,
-        head=head_of(hf, {"causal_lm": (f"{kin.classes}ForCausalLM",)}),
+        head=head,
+        classifier=last_token(hf, head),
+        classes=class_count(hf, head),
         tied=bool(hf.get("tie_word_embeddings", False)),
     )
 
@@ -93,7 +119,7 @@ def write_config(config: ModelConfig, *, kin: Kin) -> dict[str, Any]:
     """The inverse of `read_config`."""
     out = {
         "model_type": kin.model_type,
-        "architectures": [f"{kin.classes}{'ForCausalLM' if config.head == 'causal_lm' else 'Model'}"],
+        "architectures": [architecture_of(config, kin.heads, f"{kin.classes}Model")],
         "vocab_size": config.vocabulary,
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
@@ -107,7 +133,8 @@ def write_config(config: ModelConfig, *, kin: Kin) -> dict[str, Any]:
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tied,
-        "pad_token_id": config.pad_token or None,
+        **write_padding(config),
+        **write_classes(config),
         **write_rotary(config),
     }
     if kin.projection_bias is None or kin.output_bias is None:
@@ -141,6 +168,7 @@ def names(config: ModelConfig) -> Names:
     out.norm("final_norm", "norm", bias=False)
     if config.head == "causal_lm" and not config.tied:
         out.linear("head/output", "lm_head", bias=False)
+    out.classifier(config, "" if config.head == "span" else "score")
     return out
 
 
@@ -150,13 +178,17 @@ def _family(kin: Kin) -> Family:
         read_config=functools.partial(read_config, kin=kin),
         write_config=functools.partial(write_config, kin=kin),
         names=names,
+        heads=kin.heads,
         base="model",
+        bases={"span": kin.span_base},
         ignored=(r".*rotary_emb\.inv_freq", r"lm_head\.weight"),  # computed; tied to the token table
         head_prefixes=("score.", "lm_head.", "qa_outputs."),
     )
 
 
 LLAMA = _family(Kin("llama", "Llama"))
-MISTRAL = _family(Kin("mistral", "Mistral", projection_bias=False, output_bias=False, always_local=True))
+MISTRAL = _family(
+    Kin("mistral", "Mistral", projection_bias=False, output_bias=False, always_local=True, span_base="model")
+)
 QWEN2 = _family(Kin("qwen2", "Qwen2", projection_bias=True, output_bias=False))
 QWEN3 = _family(Kin("qwen3", "Qwen3", query_key_norm=True))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxcompress.config import ModelConfig, Rotary
+from flaxcompress.families.base import Checkpoint
 from flaxcompress.text import Assets
 from flaxcompress.tokenizer import sentence_piece_bpe
 
@@ -191,3 +192,6 @@ def _read_pieces(path: Path) -> list[tuple[str, float]]:
         return found
     except (UnicodeDecodeError, ValueError, struct.error):
         return []
+
+
+CHECKPOINT = Checkpoint(find_checkpoint, read_checkpoint)

@@ -122,6 +122,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     base="model",
     ignored=(
         r"(en|de)coder\.embed_tokens\.weight",  # copies of the token table

@@ -5,17 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxcompress.config import ModelConfig
-from flaxcompress.families.base import HF_ACTIVATIONS, Family, Names, activation, head_of, required, tied
+from flaxcompress.config import Classifier, ModelConfig
+from flaxcompress.families.base import (
+    HF_ACTIVATIONS,
+    Family,
+    Names,
+    activation,
+    architecture_of,
+    class_count,
+    classifier_heads,
+    head_of,
+    required,
+    tied,
+    write_classes,
+)
 from flaxcompress.families.rotary import read_alternating, write_alternating
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_HEADS = {
+    "masked_lm": ("ModernBertForMaskedLM",),
+    **classifier_heads("ModernBert", "sequence_classification", "token_classification", "span"),
+}
+_POOLINGS = {"cls": "first", "mean": "mean"}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """transformers' ModernBertConfig -> ModelConfig."""
     required(hf, "modernbert", _REQUIRED)
-    head, layers = head_of(hf, {"masked_lm": ("ModernBertForMaskedLM",)}), hf["num_hidden_layers"]
+    head, layers = head_of(hf, _HEADS), hf["num_hidden_layers"]
     tied(hf, head)
     types = hf.get("layer_types")
     if types is None:
@@ -24,6 +41,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     local = tuple(t == "sliding_attention" for t in types)
     if head == "masked_lm" and not hf.get("decoder_bias", True):
         raise ValueError("config.json: decoder_bias false is not supported; load it without the head: head='none'")
+    if (pooling := hf.get("classifier_pooling", "cls")) not in _POOLINGS:
+        raise ValueError(f"config.json: classifier_pooling {pooling!r} is not supported; known: {', '.join(_POOLINGS)}")
     return ModelConfig(
         family="modernbert",
         vocabulary=hf["vocab_size"],
@@ -55,6 +74,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         head=head,
         head_activation=activation(hf, "classifier_activation"),
         head_bias=bool(hf.get("classifier_bias", False)),
+        classifier=Classifier(pooling=_POOLINGS[pooling], transform=True, norm=True),
+        classes=class_count(hf, head),
     )
 
 
@@ -63,7 +84,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     assert config.rotary is not None
     return {
         "model_type": "modernbert",
-        "architectures": ["ModernBertForMaskedLM" if config.head == "masked_lm" else "ModernBertModel"],
+        "architectures": [architecture_of(config, _HEADS, "ModernBertModel")],
         "vocab_size": config.vocabulary,
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
@@ -73,6 +94,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "hidden_activation": HF_ACTIVATIONS[config.activation],
         "classifier_activation": HF_ACTIVATIONS[config.head_activation or config.activation],
         "classifier_bias": config.head_bias,
+        "classifier_pooling": "mean" if config.classifier.pooling == "mean" else "cls",
         "norm_eps": config.norm_epsilon,
         "norm_bias": config.norm_bias,
         "embedding_dropout": config.dropout,
@@ -86,6 +108,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "local_attention": 2 * config.window,
         "layer_types": ["sliding_attention" if local else "full_attention" for local in config.local],
         **write_alternating(config.rotary),
+        **write_classes(config),
         # Ids that stock code wants within the vocabulary, though the network does not read them.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), config.pad_token),
     }
@@ -112,6 +135,7 @@ def names(config: ModelConfig) -> Names:
         out.linear("head/transform", "head.dense", bias=config.head_bias)
         out.norm("head/norm", "head.norm", bias=bias)
         out.vector("head/bias", "decoder.bias")
+    out.classifier(config, "classifier", transform="head.dense", norm="head.norm")
     return out
 
 
@@ -120,6 +144,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     base="model",
     ignored=(r"decoder\.weight", r".*inv_freq"),  # tied to the token table; computed
     head_prefixes=("head.", "decoder.", "classifier."),

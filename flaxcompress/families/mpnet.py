@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import Classifier, ModelConfig
 from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, encoder_names, read_encoder, write_encoder
-from flaxcompress.families.roberta import HEAD_COPIES, add_head
+from flaxcompress.families.roberta import HEAD_COPIES, TRANSFORMED, add_classifier, add_head
 
 _SPELLING = (
     (".attention.self.query", ".attention.attn.q"),
@@ -19,7 +19,10 @@ _SPELLING = (
 )
 
 
-_HEADS = {"masked_lm": ("MPNetForMaskedLM",), **classifier_heads("MPNet", "token_classification", "span")}
+_HEADS = {
+    "masked_lm": ("MPNetForMaskedLM",),
+    **classifier_heads("MPNet", "sequence_classification", "token_classification", "span"),
+}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -33,7 +36,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         hf,
         "mpnet",
         head=head,
-        head_activation="gelu",
+        head_activation="tanh" if head == "sequence_classification" else "gelu",
+        classifier=TRANSFORMED if head == "sequence_classification" else Classifier(),
         segments=0,
         pad_token=pad,
         position_offset=pad + 1,
@@ -61,7 +65,7 @@ def names(config: ModelConfig) -> Names:
     out.table("relative_bias/table", "encoder.relative_attention_bias")
     if config.head == "masked_lm":
         add_head(out)
-    out.classifier(config)
+    add_classifier(out, config)
     return out
 
 
@@ -70,6 +74,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     renames=RENAMES,
     ignored=(*IGNORED, *HEAD_COPIES),
     head_prefixes=("lm_head.", "classifier.", "qa_outputs.", "pooler."),

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import Classifier, ModelConfig
 from flaxcompress.families.base import Family, Names, architecture_of, classifier_heads, head_of, tied
 from flaxcompress.families.bert import IGNORED, RENAMES, encoder_names, read_encoder, write_encoder
 
 
 def _heads(classes: str) -> dict[str, tuple[str, ...]]:
-    more = classifier_heads(classes, "token_classification", "span")
+    more = classifier_heads(classes, "sequence_classification", "token_classification", "span")
     return {"masked_lm": (f"{classes}ForMaskedLM",), **more}
 
 
@@ -25,7 +25,8 @@ def read_config(hf: Mapping[str, Any], *, family: str, classes: str) -> ModelCon
         hf,
         family,
         head=head,
-        head_activation="gelu",
+        head_activation="tanh" if head == "sequence_classification" else "gelu",
+        classifier=TRANSFORMED if head == "sequence_classification" else Classifier(),
         pad_token=pad,
         position_offset=pad + 1,
         positions=hf.get("max_position_embeddings", 512) - pad - 1,
@@ -42,8 +43,17 @@ def names(config: ModelConfig) -> Names:
     out = encoder_names(config)
     if config.head == "masked_lm":
         add_head(out)
-    out.classifier(config)
+    add_classifier(out, config)
     return out
+
+
+TRANSFORMED = Classifier(pooling="first", transform=True)
+
+
+def add_classifier(out: Names, config: ModelConfig) -> None:
+    """A classifier's head as RoBERTa names it: two maps for sequences, one for tokens."""
+    whole = config.classifier.transform
+    out.classifier(config, "classifier.out_proj" if whole else "", transform="classifier.dense")
 
 
 def add_head(out: Names) -> None:
@@ -62,6 +72,7 @@ def _family(model_type: str, classes: str) -> Family:
         read_config=functools.partial(read_config, family=model_type, classes=classes),
         write_config=functools.partial(write_config, family=model_type, classes=classes),
         names=names,
+        heads=_heads(classes),
         base="roberta",
         renames=RENAMES,
         ignored=(*IGNORED, *HEAD_COPIES),

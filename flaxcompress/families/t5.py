@@ -49,7 +49,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         **dict.fromkeys(("attention_bias", "output_bias", "feed_forward_bias"), False),
     }
     decoder = None
-    if "T5EncoderModel" not in (hf.get("architectures") or []):
+    if "T5EncoderModel" not in (hf.get("architectures") or []) and hf.get("is_encoder_decoder", True):
         count = hf.get("num_decoder_layers") or layers
         sharing = Sharing.own(count, cross_attention=True)
         decoder = ModelConfig(**{**same, "vocabulary": 0, "layers": count, "causal": True, "sharing": sharing})
@@ -136,6 +136,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     base="",
     own_head="lm_head.weight",
     ignored=(

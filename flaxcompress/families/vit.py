@@ -119,6 +119,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     names=names,
+    heads=_HEADS,
     ignored=(r"embeddings\.mask_token",),  # of pre-training by masked patches
     head_prefixes=("classifier.", "decoder.", "pooler."),
 )

@@ -106,6 +106,9 @@ class Banded(RowFormat):
     def rows(self):
         return self._decode(self.values, self.scale)
 
+    def chosen(self, ids):
+        return dataclasses.replace(self, values=self.values[ids], scale=self.scale[ids])
+
     def stored_values(self):
         rows = self.values.shape[-2]
         return rows * (1 + sum(columns for columns, bits in self.bands if bits))

@@ -49,6 +49,10 @@ class Format:
         """The spec that describes this node; `spec().init` makes one of equal structure."""
         raise NotImplementedError(f"{type(self).__name__}.spec")
 
+    def select(self, ids: Integer[np.ndarray, " k"], axis: int) -> Format:
+        """The rows `ids` of W (`axis` 0), or its columns (1), in this format, their values unchanged."""
+        raise NotImplementedError(f"{type(self).__name__}.select")
+
     def parts(self) -> tuple[Part, ...]:
         """The matrices that this one is composed of; none for a format that holds its values itself."""
         return ()
@@ -193,6 +197,11 @@ def take(w: Any, ids: Integer[Array, "*B"]) -> Float[Array, "*B D"]:
     if isinstance(w, Format):
         return w.take(ids)
     return jnp.take(w, ids, axis=0, mode="clip").astype(jnp.float32)
+
+
+def select(w: Any, ids: Integer[np.ndarray, " k"], axis: int) -> Any:
+    """Some rows of a matrix or a vector (`axis` 0), or columns (1), in their format, values unchanged."""
+    return w.select(ids, axis) if isinstance(w, Format) else jnp.take(w, ids, axis=axis)
 
 
 @jax.jit  # outside of traced code, one program instead of dozens of small ones

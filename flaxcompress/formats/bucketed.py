@@ -25,6 +25,7 @@ from flaxcompress.formats.base import (
     parse_spec,
     register,
     reject_unknown,
+    select,
     spec_of,
     stored_values,
     take,
@@ -66,6 +67,14 @@ class Bucketed(Format):
     def part_targets(self, dense):
         numbers = np.asarray(self.tier_of_row())
         return [None if dense is None else dense[numbers == i] for i in range(len(self.tiers))]
+
+    def select(self, ids, axis):
+        if axis != 0:
+            raise ValueError("Bucketed: rows can be selected, not columns")
+        tier, row = (np.asarray(x) for x in self.locate(jnp.asarray(ids)))
+        used = np.unique(tier)  # a tier that nothing is left of is dropped
+        tiers = tuple(select(self.tiers[number], row[tier == number], 0) for number in used)
+        return Bucketed.from_tiers(tiers, np.searchsorted(used, tier).astype(np.uint8))
 
     def spec(self):
         return BucketedSpec(tiers=tuple(Tier(rows=t.shape[-2], format=spec_of(t)) for t in self.tiers))

@@ -21,6 +21,7 @@ from flaxcompress.formats.base import (
     matmul_flops,
     parse_spec,
     register,
+    select,
     spec_of,
     take,
     take_flops,
@@ -59,6 +60,11 @@ class LowRank(Format):
         right = np.asarray(materialize(self.right), np.float64)
         left = None if dense is None else np.asarray(dense, np.float64) @ np.linalg.pinv(right)
         return [None if left is None else left.astype(np.float32), right.astype(np.float32)]
+
+    def select(self, ids, axis):
+        if axis == 0:
+            return LowRank(left=select(self.left, ids, 0), right=self.right)
+        return LowRank(left=self.left, right=select(self.right, ids, 1))
 
     def spec(self):
         return LowRankSpec(rank=self.rank, left=spec_of(self.left), right=spec_of(self.right))

@@ -108,6 +108,9 @@ class Quantized(RowFormat):
         scale = jnp.take(self.scale, ids, axis=0, mode="clip")
         return dequantize(values, scale, bits=self.bits, columns=self.columns, group=self.group)
 
+    def chosen(self, ids):
+        return dataclasses.replace(self, values=self.values[ids], scale=self.scale[ids])
+
     def stored_values(self):
         rows, columns = self.values.shape[-2], self.columns
         return rows * columns + int(np.prod(self.scale.shape))

@@ -16,6 +16,10 @@ class RowFormat(Format):
 
     transposed: bool
 
+    def chosen(self, ids: Any) -> Any:
+        """Some of the stored rows, in this format."""
+        raise NotImplementedError(f"{type(self).__name__}.chosen")
+
     def rows(self) -> Float[Array, "r n"]:
         """The stored rows, dequantized."""
         raise NotImplementedError(f"{type(self).__name__}.rows")
@@ -23,6 +27,11 @@ class RowFormat(Format):
     def take_rows(self, ids: Any) -> Float[Array, "*B n"]:
         """Some of the stored rows, without dequantizing the others."""
         raise NotImplementedError(f"{type(self).__name__}.take_rows")
+
+    def select(self, ids, axis):
+        if axis != int(self.transposed):
+            raise ValueError(f"{type(self).__name__}: stored rows can be selected, not parts of them")
+        return self.chosen(ids)
 
     def matmul(self, x):
         return dot(x, self.rows(), 1 if self.transposed else 0)

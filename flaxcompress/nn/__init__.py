@@ -1,10 +1,12 @@
 """Flax Linen modules, one idea per file."""
 
+from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, cache_slots, cut, grow, is_ring, lay_out, stack_up
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.heads import HeadInputs, pool_sequence, register_head
 from flaxcompress.nn.init_cache import init_cache
 from flaxcompress.nn.layer import Layer
-from flaxcompress.nn.linear import INPUTS
+from flaxcompress.nn.linear import INPUTS, Linear
 from flaxcompress.nn.stack import Stack
 from flaxcompress.nn.transformer import Transformer, TransformerOutput, run
 
@@ -12,7 +14,10 @@ __all__ = [
     "INPUTS",
     "Cache",
     "Context",
+    "HeadInputs",
     "Layer",
+    "Linear",
+    "Norm",
     "Stack",
     "Transformer",
     "TransformerOutput",
@@ -22,6 +27,8 @@ __all__ = [
     "init_cache",
     "is_ring",
     "lay_out",
+    "pool_sequence",
+    "register_head",
     "run",
     "stack_up",
 ]

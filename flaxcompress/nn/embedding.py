@@ -11,6 +11,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
 from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.initializer import table_initializer
+from flaxcompress.nn.lexicon import LexiconFusion
 from flaxcompress.nn.linear import Linear, weight
 
 
@@ -46,6 +47,7 @@ class Embedding(nn.Module):
             self.position = table("position", config.positions + config.position_offset)
         self.segment = table("segment", config.segments) if config.segments else None
         self.norm = Norm(config, f"{self.prefix}embedding/norm", self.dtype) if config.embedding_norm else None
+        self.lexicon = None if config.lexicon is None else LexiconFusion(config)
         if config.embedding_width is not None:
             self.projection = Linear(config, f"{self.prefix}embedding/projection", config.table_width, config.width)
         self.drop = nn.Dropout(config.dropout)
@@ -58,8 +60,9 @@ class Embedding(nn.Module):
         positions: Integer[Array, "B T"] | None = None,
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
+        features: Integer[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """`positions` are 0, 1, 2, … when not given."""
+        """`positions` are 0, 1, 2, … when not given; `features` (see `Lexicon`) 0."""
         config = self.config
         x = take(self.token, ids) if vectors is None else vectors
         x = x if config.embedding_scale == 1.0 else x * config.embedding_scale
@@ -72,6 +75,8 @@ class Embedding(nn.Module):
             x = x + (take(self.position, places) if learned else sinusoids(places, config.table_width))
         if self.segment is not None:
             x = x + take(self.segment, jnp.zeros_like(ids) if segments is None else segments)
+        if self.lexicon is not None and (features is not None or self.is_initializing()):
+            x = self.lexicon(x, jnp.zeros_like(ids) if features is None else features)
         x = x if self.norm is None else self.norm(x)
         x = self.drop(x.astype(self.dtype), deterministic=deterministic)
         return x if config.embedding_width is None else self.projection(x)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import ModelConfig, add_head_name
 from flaxcompress.formats import attend
 from flaxcompress.formats.base import vector_init
 from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.linear import Linear
 from flaxcompress.ops import activate
+
+
+class HeadInputs(NamedTuple):
+    """What a head may read beside the last layer's output x [B, T, D]; fields that there are not are None.
+
+    Attributes:
+      table: the token table, in its format.
+      pooled: the pooler's output, [B, D].
+      ids: the token ids, [B, T].
+      mask: which tokens are no padding, [B, T]; None: all.
+    """
+
+    table: Any = None
+    pooled: Any = None
+    ids: Any = None
+    mask: Any = None
 
 
 class Pooler(nn.Module):
@@ -31,14 +52,40 @@ class MaskedLM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T V"]:
-        del pooled
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T V"]:
+        return masked_lm(self, x, given)
+
+
+def masked_lm(head: Any, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T V"]:
+    """What `MaskedLM` computes, with the weights of `head`; inside a compact method."""
+    config = head.config
+    y = Linear(config, "head/transform", config.width, config.table_width, config.head_bias, name="transform")(x)
+    y = activate(y, config.head_activation or config.activation)
+    y = Norm(config, "head/norm", name="norm")(y).astype(x.dtype)
+    bias = head.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
+    return attend(y, given.table).astype(jnp.float32) + bias
+
+
+class PretrainingLogits(NamedTuple):
+    """Logits, float32: of every token [B, T, V], and of the two sentences' order [B, C]."""
+
+    masked_lm: Any
+    sentence_order: Any
+
+
+class Pretraining(nn.Module):
+    """A masked LM and, from the pooled output, whether two sentences are in order: (logits [B, T, V], logits [B, C]).
+
+    ALBERT's sentence order (Lan et al. 2020, §3.1); BERT's next sentence has the same form (Devlin et al. 2019).
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> PretrainingLogits:
         config = self.config
-        y = Linear(config, "head/transform", config.width, config.table_width, config.head_bias, name="transform")(x)
-        y = activate(y, config.head_activation or config.activation)
-        y = Norm(config, "head/norm", name="norm")(y).astype(x.dtype)
-        bias = self.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
-        return attend(y, table).astype(jnp.float32) + bias
+        order = Linear(config, "head/order", config.width, config.classes, name="order")(given.pooled)
+        return PretrainingLogits(masked_lm(self, x, given), order.astype(jnp.float32))
 
 
 class ReplacedToken(nn.Module):
@@ -47,8 +94,8 @@ class ReplacedToken(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T"]:
-        del table, pooled
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T"]:
+        del given
         config = self.config
         y = Linear(config, "head/transform", config.width, config.width, name="transform")(x)
         y = activate(y, config.head_activation or config.activation)
@@ -64,12 +111,11 @@ class CausalLM(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T V"]:
-        del pooled
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T V"]:
         config = self.config
         x = x if config.logit_scale == 1.0 else x * jnp.asarray(config.logit_scale, x.dtype)
         if config.tied:
-            y = attend(x, table).astype(jnp.float32)
+            y = attend(x, given.table).astype(jnp.float32)
         else:
             output = Linear(config, "head/output", config.width, config.vocabulary, False, name="output")
             y = output(x).astype(jnp.float32)
@@ -79,17 +125,42 @@ class CausalLM(nn.Module):
         return y + self.param("bias", zeros, (config.vocabulary,))
 
 
+def pool_sequence(x: Float[Array, "B T D"], given: HeadInputs, config: ModelConfig) -> Float[Array, "B D"]:
+    """One vector for each sequence, as `config.classifier.pooling` says."""
+    how = config.classifier.pooling
+    if how == "pooler" and given.pooled is not None:
+        return given.pooled
+    if how in ("pooler", "first"):
+        return x[:, 0]
+    real = jnp.ones(x.shape[:2], bool) if given.mask is None else given.mask
+    if how == "mean":
+        weights = real.astype(jnp.float32)[..., None]
+        return ((x.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)).astype(x.dtype)
+    counted = real if how == "last" else given.ids != config.pad_token
+    last = jnp.where(counted, jnp.arange(x.shape[1]), 0).max(1)  # the first token where none counts
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def classify(x: Float[Array, "*B D"], config: ModelConfig) -> Float[Array, "*B C"]:
+    """Class logits, float32, after the transform that `config.classifier` may ask for; inside a compact method."""
+    classifier, width = config.classifier, config.width
+    if classifier.transform:
+        x = Linear(config, "head/transform", width, width, config.head_bias, name="transform")(x)
+        x = activate(x, config.head_activation or config.activation)
+    if classifier.norm:
+        x = Norm(config, "head/norm", name="norm")(x).astype(x.dtype)
+    output = Linear(config, "head/output", width, config.classes, classifier.bias, name="output")
+    return output(x).astype(jnp.float32)
+
+
 class SequenceClassification(nn.Module):
-    """Class logits [B, C], float32, from the pooled output, or from the first token where there is no pooler."""
+    """Class logits [B, C], float32, of one vector for each sequence."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B C"]:
-        del table
-        config = self.config
-        y = x[:, 0] if pooled is None else pooled
-        return Linear(config, "head/output", config.width, config.classes, name="output")(y).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B C"]:
+        return classify(pool_sequence(x, given, self.config), self.config)
 
 
 class TokenClassification(nn.Module):
@@ -98,14 +169,14 @@ class TokenClassification(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table, pooled) -> Float[Array, "B T C"]:
-        del table, pooled
-        config = self.config
-        return Linear(config, "head/output", config.width, config.classes, name="output")(x).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Float[Array, "B T C"]:
+        del given
+        return classify(x, self.config)
 
 
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "masked_lm": MaskedLM,
+    "pretraining": Pretraining,
     "replaced_token": ReplacedToken,
     "causal_lm": CausalLM,
     "seq2seq_lm": CausalLM,
@@ -113,3 +184,44 @@ HEADS: dict[str, type[nn.Module]] = {
     "token_classification": TokenClassification,
     "span": TokenClassification,
 }
+
+
+class FunctionHead(nn.Module):
+    """A head that is a function of (x [B, T, D], `HeadInputs`, config); Linen modules that it makes are its weights."""
+
+    config: ModelConfig
+    function: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], given: HeadInputs) -> Any:
+        return self.function(x, given, self.config)
+
+
+def register_head(name: str, head: Any) -> Any:
+    """Makes a head for a task of one's own known as `ModelConfig(head=name)`; returns `head`.
+
+    Args:
+      name: a name in lower case, none of `HEADS`. Registered again, it means the new head from then on.
+      head: a Linen module with the attribute `config`, called with (x [B, T, D], `HeadInputs`), or a function of (x,
+        `HeadInputs`, config) in which Linen modules may be made, each with a name. What it returns, one array or
+        several, is the model's `logits`; their first axis is the batch.
+
+    Raises:
+      ValueError: the name is taken, or is none.
+      TypeError: `head` is neither.
+
+    Example:
+      >>> def regression(x, given, config):
+      ...     return Linear(config, "head/output", config.width, 1, name="output")(x[:, 0])[..., 0]
+      >>> fc.register_head("regression", regression)
+      >>> model = fc.load("minilm", head="regression", key=jax.random.key(0))
+    """
+    is_module = isinstance(head, type) and issubclass(head, nn.Module)
+    if not is_module and (isinstance(head, type) or not callable(head)):
+        raise TypeError(f"register_head: {name!r} needs a Linen module's class or a function, got {head!r}")
+    add_head_name(name)
+    made: Any = head if is_module else functools.partial(FunctionHead, function=head)
+    if HEADS.get(name, made) is not made:
+        jax.clear_caches()  # compiled programs know heads by name
+    HEADS[name] = made
+    return head

@@ -37,6 +37,7 @@ class Linear(nn.Module):
       address: where the module stands, e.g. "layers/3/attention/query"; it decides the kernel's format.
       in_features: n.
       features: m.
+      initializer: of the kernel; None: normal, of the config's range.
     """
 
     config: ModelConfig
@@ -44,10 +45,12 @@ class Linear(nn.Module):
     in_features: int
     features: int
     use_bias: bool = True
+    initializer: Any = None
 
     def setup(self):
         spec = spec_for(self.config, f"{self.address}/kernel")
-        initializer = kernel_initializer(self.config, self.address, self.in_features, self.features)
+        drawn = kernel_initializer(self.config, self.address, self.in_features, self.features)
+        initializer = self.initializer or drawn
         shape = (self.in_features, self.features)
         self.kernel = weight(self, "kernel", lambda key: spec.init(key, shape, initializer, table=False))
         zeros = vector_init(self.config, f"{self.address}/bias", nn.initializers.zeros_init())

@@ -17,7 +17,7 @@ from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, seen, slots_of
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.embedding import Embedding
-from flaxcompress.nn.heads import HEADS, Pooler
+from flaxcompress.nn.heads import HEADS, HeadInputs, Pooler
 from flaxcompress.nn.image_embedding import ImageEmbedding
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         if config.pooler:
             self.pooler = Pooler(config)
         if config.head != "none":
-            self.head = HEADS[config.head](config)
+            self.head: Any = HEADS[config.head](config)
         if config.decoder is not None:
             self.decoder = Transformer(config.decoder.replace(formats=config.formats), self.dtype, "decoder/")
 
@@ -95,14 +95,15 @@ class Transformer(nn.Module):
         record: Record | None = None,
         vectors: Float[Array, "B T D"] | None = None,
         remat: str = "none",
+        features: Integer[Array, "B S"] | None = None,
     ) -> TransformerOutput:
         config = self.config
         need = {"deterministic": deterministic, "need_hidden_states": need_hidden_states, "record": record}
         need |= {"need_attentions": need_attentions, "remat": remat}
         if config.decoder is None:
-            out = self.body(ids, mask, segments, cache=cache, vectors=vectors, **need)
+            out = self.body(ids, mask, segments, cache=cache, vectors=vectors, features=features, **need)
         else:
-            out = None if ids is None else self.body(ids, mask, segments, vectors=vectors, **need)
+            out = None if ids is None else self.body(ids, mask, segments, vectors=vectors, features=features, **need)
             if self.is_initializing() and decoder_ids is None:
                 decoder_ids = ids
             if decoder_ids is None:
@@ -114,8 +115,9 @@ class Transformer(nn.Module):
             out = after._replace(encoder=out)
         if config.head == "none" or not (need_logits or self.is_initializing()):
             return out
-        x, table = out.last_hidden_state, None if config.patches is not None else self.embedding.token
-        return out._replace(logits=self.head(x[:, -1:] if last_logits else x, table, out.pooled))
+        x, tokens = out.last_hidden_state, (ids, mask) if config.decoder is None else (decoder_ids, decoder_mask)
+        given = HeadInputs(None if config.patches is not None else self.embedding.token, out.pooled, *tokens)
+        return out._replace(logits=self.head(x[:, -1:] if last_logits else x, given))
 
     def body(
         self,
@@ -125,6 +127,7 @@ class Transformer(nn.Module):
         *,
         cache: Cache | None = None,
         vectors: Float[Array, "B T E"] | None = None,
+        features: Integer[Array, "B T"] | None = None,
         memory: Memory | None = None,
         deterministic: bool = True,
         need_hidden_states: bool = False,
@@ -134,7 +137,7 @@ class Transformer(nn.Module):
     ) -> TransformerOutput:
         """Embeddings, layers, final norm and pooler."""
         config = self.config
-        more = {"deterministic": deterministic, "vectors": vectors, "memory": memory}
+        more = {"deterministic": deterministic, "vectors": vectors, "features": features, "memory": memory}
         x, context, after = self.start(ids, mask, segments, cache, **more)
         out = self.layers(
             x,
@@ -161,6 +164,7 @@ class Transformer(nn.Module):
         *,
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
+        features: Integer[Array, "B T"] | None = None,
         memory: Memory | None = None,
     ) -> tuple[Float[Array, "B T D"], Context, Cache | None]:
         """What the first layer gets, what all layers see beside it, and the cache's bookkeeping after these tokens.
@@ -182,7 +186,8 @@ class Transformer(nn.Module):
             positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1) - 1, 0)
             slots, queries = slots_of(cache, length), cache.length + jnp.arange(length)
             real, places, after = seen(cache, config, mask, slots)
-        x = self.embedding(ids, segments, positions=positions, deterministic=deterministic, vectors=vectors)
+        more = {"deterministic": deterministic, "vectors": vectors, "features": features}
+        x = self.embedding(ids, segments, positions=positions, **more)
         wide, near = real, None
         if config.causal or config.window:
             wide = both(real, sight(queries, places, causal=config.causal))

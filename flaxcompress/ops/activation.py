@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -19,9 +20,10 @@ _FUNCTIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
 def activate(x: Float[Array, "*B F"], name: str) -> Float[Array, "*B F"]:
-    """Applies `name`: "gelu" (exact, by erf), "gelu_tanh", "relu" or "silu"."""
+    """Applies `name`: "gelu" (exact, by erf), "gelu_tanh", "relu", "silu" or "tanh"."""
     return _FUNCTIONS[name](x)

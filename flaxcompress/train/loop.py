@@ -63,17 +63,20 @@ def train(
     *,
     optimizer: optax.GradientTransformation,
     steps: int,
+    trainable: str = ".*",
     checkpoints: Path | None = None,
     save_every: int = 100,
     label: str = "training",
     progress: bool = False,
     on_loss: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Any:
-    """Minimises `loss_function` over the float leaves of `params` for `steps` steps; returns the new params.
+    """Minimises `loss_function` over float leaves of `params` for `steps` steps; returns the new params.
 
     Args:
       constants: arrays that the loss needs but that are not trained, such as the teacher's parameters.
       batches: step -> batch; a pure function of the step, so that a resumed run sees what an uninterrupted one would.
+      trainable: a pattern of addresses; what it does not match in full stays as it is. "head/.*" trains a head on a
+        frozen body.
       checkpoints: a folder; an earlier run's newest state in it is taken up again.
       on_loss: called with every step's loss, in order; a resumed run calls it for the earlier run's steps first.
 
@@ -81,13 +84,13 @@ def train(
       KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
       FloatingPointError: the loss or its gradient was not finite in 20 steps running.
     """
-    trainable, frozen = partition(jax.tree.map(jnp.copy, params))
-    state, losses = optimizer.init(trainable), np.zeros(steps, np.float32)
+    moving, frozen = partition(jax.tree.map(jnp.copy, params), trainable)
+    state, losses = optimizer.init(moving), np.zeros(steps, np.float32)
     with contextlib.ExitStack() as stack:
         keeper = stack.enter_context(Checkpoints(checkpoints)) if checkpoints is not None else None
         first = 0
-        if keeper is not None and (found := keeper.restore((trainable, state, jnp.asarray(losses)))) is not None:
-            first, (trainable, state, earlier) = found
+        if keeper is not None and (found := keeper.restore((moving, state, jnp.asarray(losses)))) is not None:
+            first, (moving, state, earlier) = found
             losses[:first] = earlier[:first]
             for step in range(first):
                 on_loss(step, float(losses[step]))
@@ -99,8 +102,8 @@ def train(
         skipped = 0
         smooth: float | None = None
         for step in range(first, steps):
-            trainable, state, value, finite = _train_step(
-                loss_function, optimizer, trainable, state, frozen, constants, batches(step)
+            moving, state, value, finite = _train_step(
+                loss_function, optimizer, moving, state, frozen, constants, batches(step)
             )
             losses[step] = loss = float(value)
             on_loss(step, loss)
@@ -114,7 +117,7 @@ def train(
             advance(1, f"loss {smooth:.4f}" if smooth is not None else "")
             done = step + 1
             if keeper is not None and ((done % save_every == 0 and done < steps) or stopped()):
-                keeper.save(done, (trainable, state, jnp.asarray(losses)), wait=stopped())
+                keeper.save(done, (moving, state, jnp.asarray(losses)), wait=stopped())
             if stopped():
                 raise KeyboardInterrupt(f"{label} stopped after step {done}")
-    return combine(trainable, frozen)
+    return combine(moving, frozen)

@@ -56,12 +56,33 @@ def freeze_model(params: Any, model: Model) -> Model:
     return model.replace(params=tree.unflatten(flat))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def partition(params: Any) -> tuple[Any, Any]:
-    """(trainable, frozen): float leaves and the others, None where the other tree has the leaf."""
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-    trainable = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, params)
-    frozen = jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, params)
+def partition(params: Any, pattern: str = ".*") -> tuple[Any, Any]:
+    """(trainable, frozen): the float leaves whose addresses match, and all others; None where the other tree has one.
+
+    Raises ValueError for a pattern that matches nothing, or some of the layers that are stacked but not all of them.
+    """
+    chosen = _matching(params, pattern)
+    trains = jax.tree.map(lambda leaf, on: on and jnp.issubdtype(leaf.dtype, jnp.floating), params, chosen)
+    trainable = jax.tree.map(lambda leaf, on: leaf if on else None, params, trains)
+    frozen = jax.tree.map(lambda leaf, on: None if on else leaf, params, trains)
     return trainable, frozen
+
+
+def _matching(params: Any, pattern: str) -> Any:
+    """Whether the address of each leaf's matrix matches."""
+    view = tree.View(params)
+    chosen = set(tree.select(view, pattern, where="trainable"))
+    found: dict[int, set[bool]] = {}
+    for address in view:
+        found.setdefault(id(view.stacked(address)), set()).add(address in chosen)
+    if any(len(answers) > 1 for answers in found.values()):
+        raise ValueError(
+            f"trainable: {pattern!r} matches some weight sets of a stack of layers, but not all; layers that are "
+            r"stacked train together: write layers/\d+/…"
+        )
+    is_matrix = lambda node: id(node) in found  # noqa: E731
+    answer = lambda node: jax.tree.map(lambda _: next(iter(found[id(node)])), node)  # noqa: E731
+    return jax.tree.map(answer, params, is_leaf=is_matrix)
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
