@@ -159,6 +159,46 @@ def qwen3(rng):
     return {**qwen(rng), "attention_bias": bool(rng.integers(2))}
 
 
+def deepseek(rng, **more):
+    base = encoder(rng)
+    layers = base["num_hidden_layers"]
+    return {
+        "vocab_size": base["vocab_size"],
+        "hidden_size": base["hidden_size"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": base["num_attention_heads"],
+        "num_key_value_heads": base["num_attention_heads"],
+        "intermediate_size": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "hidden_act": base["hidden_act"],
+        "rms_norm_eps": 1e-5,  # not that of the norms of latents
+        "q_lora_rank": [None, int(rng.integers(2, 9))][int(rng.integers(2))],
+        "kv_lora_rank": int(rng.integers(2, 9)),
+        "qk_rope_head_dim": 2 * int(rng.integers(1, 4)),
+        "qk_nope_head_dim": int(rng.integers(1, 7)),
+        "v_head_dim": int(rng.integers(1, 7)),
+        "first_k_dense_replace": layers,
+        "attention_bias": bool(rng.integers(2)),
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "rope_parameters": dict(_ROPES[int(rng.integers(len(_ROPES)))]),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def deepseek_v2(rng):
+    base = deepseek(rng, mlp_bias=bool(rng.integers(2)))
+    even = {
+        name: 2 * base[name] for name in ("kv_lora_rank", "qk_nope_head_dim")
+    }  # transformers views pairs as complex
+    return {**base, **even}
+
+
+def deepseek_v3(rng):
+    return deepseek(rng, rope_interleave=bool(rng.integers(2)))
+
+
 def causal(classes):
     return {"none": f"{classes}Model", "causal_lm": f"{classes}ForCausalLM"}
 
@@ -197,6 +237,8 @@ CASES = {
     "mistral": ("MistralConfig", mistral, causal("Mistral")),
     "qwen2": ("Qwen2Config", qwen2, causal("Qwen2")),
     "qwen3": ("Qwen3Config", qwen3, causal("Qwen3")),
+    "deepseek_v2": ("DeepseekV2Config", deepseek_v2, causal("DeepseekV2")),
+    "deepseek_v3": ("DeepseekV3Config", deepseek_v3, causal("DeepseekV3")),
 }
 
 

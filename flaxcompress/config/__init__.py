@@ -1,5 +1,6 @@
 """ModelConfig and its parts: frozen, validated on construction, JSON both ways."""
 
+from flaxcompress.config.attention import ATTENTION_KINDS, AttentionKind, Latent, Linformer, Nystrom
 from flaxcompress.config.format_rule import FormatRule
 from flaxcompress.config.model import ACTIVATIONS, CLASSIFIERS, HEADS, ModelConfig
 from flaxcompress.config.names import closest, reject_unknown
@@ -9,11 +10,16 @@ from flaxcompress.config.sharing import PARTS, Sets, Sharing
 
 __all__ = [
     "ACTIVATIONS",
+    "ATTENTION_KINDS",
     "CLASSIFIERS",
     "HEADS",
     "PARTS",
+    "AttentionKind",
     "FormatRule",
+    "Latent",
+    "Linformer",
     "ModelConfig",
+    "Nystrom",
     "Patches",
     "Rotary",
     "Sets",

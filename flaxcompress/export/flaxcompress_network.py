@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .flaxcompress_attention import CrossAttention, Seen, attention_kind
+from .flaxcompress_attention import CrossAttention, Seen, attention_kind, depthwise, lead
 from .flaxcompress_formats import build, matmul, take
 
 ACTIVATIONS = {
@@ -39,6 +39,7 @@ class Network:
         self.root, self.structure, self.formats, self.prefix = root, structure, formats, prefix
         c = structure
         self.head_width = c["head_width"] or c["width"] // c["heads"]
+        self.scored_width = c["query_key_width"] or self.head_width
         self.groups = c["key_value_heads"] or c["heads"]
         self.narrow = c["embedding_width"] or c["width"]
         self.attention = attention_kind(structure)()
@@ -92,6 +93,8 @@ class Network:
         for name in ("gate", "up") if c["gated"] else ("up",):
             self.add_linear(f"{address}/{name}", c["width"], inner, bias)
         self.add_linear(f"{address}/down", inner, c["width"], bias)
+        if c["feed_forward_kernel"]:
+            self.add_taps(f"{address}/depthwise", c["feed_forward_kernel"], c["width"])
 
     def _add(self, address, shape, table=False):
         address = self.prefix + address
@@ -118,6 +121,10 @@ class Network:
         if self.structure["norm"] == "layer" and self.structure["norm_bias"]:
             self.add_vector(f"{address}/bias", width)
 
+    def add_taps(self, address, width, features):
+        """A depthwise convolution's weights, [k, D]."""
+        self._add(f"{address}/taps", (width, features))
+
     def weight(self, address):
         """The parameter or module at an address."""
         return getattr(self.root, self.prefix + address)
@@ -130,6 +137,10 @@ class Network:
         """x @ kernel + bias, [*B, n] -> [*B, m]; the bias may be absent."""
         y = matmul(x, self.weight(f"{address}/kernel"))
         return y + self.weight(f"{address}/bias").to(x.dtype) if self.has(f"{address}/bias") else y
+
+    def depthwise(self, x, address, before=None):
+        """A depthwise convolution over the sequence, causal in causal models."""
+        return depthwise(x, self.weight(f"{address}/taps"), self.structure["causal"], before)
 
     def norm(self, x, address):
         """The model's norm over the last axis, computed in float32, returned in x's dtype."""
@@ -193,7 +204,7 @@ class Network:
         c = self.structure
         if c["rotary"] is None:
             return None
-        r, width = c["rotary"], self.head_width
+        r, width = c["rotary"], self.attention.rotary_width(self)
         own = local and r["local_theta"] is not None
         steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         frequency = 1.0 / (r["local_theta"] if own else r["theta"]) ** steps
@@ -276,6 +287,7 @@ class Network:
         c = self.structure
         masks = self.masks(mask, x.shape[1])
         turns = [self.rotation(positions, local) for local in (False, True)]
+        seen = seen._replace(real=mask[:, -x.shape[1] :].ne(0))
         states, attentions, crossed = [x], [], []
         for layer in range(c["layers"]):
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
@@ -306,7 +318,7 @@ class Network:
         if "cross_attention" in at:
             attend = lambda x: self.cross_attention(self, x, at["cross_attention"], seen, need_attentions)  # noqa: E731
             x, crossed = self.residual(x, f"{at['norms']}/cross_attention", attend)
-        feed = lambda x: (self.feed_forward(x, at["feed_forward"]), None)  # noqa: E731
+        feed = lambda x: (self.feed_forward(x, at["feed_forward"], seen), None)  # noqa: E731
         x, _ = self.residual(x, f"{at['norms']}/feed_forward", feed)
         return x, probabilities, crossed
 
@@ -318,8 +330,11 @@ class Network:
         y, other = sublayer(x)
         return self.norm(x + self.drop(y), norm), other
 
-    def feed_forward(self, x, address):
-        """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
+    def feed_forward(self, x, address, seen):
+        """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)); a convolution may come before."""
+        if width := self.structure["feed_forward_kernel"]:
+            x, before = lead(x, seen, width, 2 * self.structure["layers"])
+            x = self.depthwise(x, f"{address}/depthwise", before)
         activate, up = ACTIVATIONS[self.structure["activation"]], self.linear(x, f"{address}/up")
         y = activate(self.linear(x, f"{address}/gate")) * up if self.structure["gated"] else activate(up)
         return self.linear(y, f"{address}/down")

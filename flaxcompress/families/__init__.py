@@ -1,6 +1,18 @@
 """Hugging Face families by model_type. A new family is one file and one entry here."""
 
-from flaxcompress.families import albert, bert, distilbert, electra, gpt2, llama, modernbert, mpnet, roberta, vit
+from flaxcompress.families import (
+    albert,
+    bert,
+    deepseek,
+    distilbert,
+    electra,
+    gpt2,
+    llama,
+    modernbert,
+    mpnet,
+    roberta,
+    vit,
+)
 from flaxcompress.families.base import Family
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +31,8 @@ FAMILIES: dict[str, Family] = {
         llama.MISTRAL,
         llama.QWEN2,
         llama.QWEN3,
+        deepseek.V2,
+        deepseek.V3,
         vit.FAMILY,
     )
 }

@@ -16,7 +16,8 @@ class Cache(NamedTuple):
 
     Attributes:
       layers: {"key": [L, B, K, S, d], "value": …}: what attention keeps of tokens, stacked over layers; heads before
-        slots, as the products of attention want them. In a decoder also "cross_key" and "cross_value", of the memory.
+        slots, as the products of attention want them. In a decoder also "cross_key" and "cross_value", of the memory;
+        where convolutions need them the last inputs, "projection_inputs" [L, B, 1, k - 1, D] and the like.
       real: [B, S] whether a slot holds a token that may be seen (padding may not).
       places: [S] the place in the sequence of what a slot holds; the same for all rows.
       length: how many places are filled so far, padding included.
@@ -83,6 +84,17 @@ class LayerCache(NamedTuple):
         else:
             changed = jax.lax.dynamic_update_slice(old, last[None], (self.index, 0, 0, slots[0], 0))
         return self._replace(layers={**self.layers, name: changed})
+
+    def extend(
+        self, new: dict[str, Float[Array, "B T K d"]], slots: Integer[Array, " t"], *, ring: bool
+    ) -> tuple[dict[str, Float[Array, "B S K d"]], LayerCache]:
+        """What the tokens see of every array, theirs included, and the cache with them stored."""
+        after = self
+        for name, array in new.items():
+            after = after.store(name, array, slots, wraps=ring)
+        if ring and next(iter(new.values())).shape[1] > 1:  # they may push out what their first ones still see
+            return {n: jnp.concatenate([self.read(n, array.dtype), array], 1) for n, array in new.items()}, after
+        return {n: after.read(n, array.dtype) for n, array in new.items()}, after
 
     def fill(self, name: str, new: Float[Array, "B M K d"]) -> LayerCache:
         """With all of an array exchanged in this layer."""

@@ -71,11 +71,14 @@ class Layer(nn.Module):
             return self.drop(y, deterministic=deterministic), rest
 
         def feed(x: Any) -> Any:
-            return self.drop(self.feed_forward(x), deterministic=deterministic), None
+            kept = cache
+            if self.config.feed_forward_kernel:
+                x, kept = self.feed_forward.convolve(x, context, kept)
+            return self.drop(self.feed_forward(x), deterministic=deterministic), kept
 
         x, (probabilities, cache) = self.norms.residual("attention", x, attend)
         cross = None
         if self.config.sharing.cross_attention:
             x, (cross, cache) = self.norms.residual("cross_attention", x, attend_to_memory)
-        x, _ = self.norms.residual("feed_forward", x, feed)
+        x, cache = self.norms.residual("feed_forward", x, feed)
         return LayerOutput(x, probabilities, cross, cache)

@@ -3,6 +3,7 @@
 from flaxcompress.ops.activation import activate
 from flaxcompress.ops.attention import attend_values, attention_probabilities, both, dot_product_attention, sight
 from flaxcompress.ops.bits import on_host, pack, packed_width, unpack
+from flaxcompress.ops.depthwise import depthwise
 from flaxcompress.ops.norm import layer_norm, rms_norm
 from flaxcompress.ops.rotary import frequencies, rotate, rotation
 
@@ -11,6 +12,7 @@ __all__ = [
     "attend_values",
     "attention_probabilities",
     "both",
+    "depthwise",
     "dot_product_attention",
     "frequencies",
     "layer_norm",
