@@ -31,9 +31,8 @@ class AttentionKind(Part):
         """Raises ValueError where the model's other fields contradict this kind."""
         for name, allowed in self.refuses.items():
             if (value := getattr(config, name)) not in allowed:
-                raise ValueError(
-                    f"config: {self.kind} attention goes with {name}={' or '.join(map(repr, allowed))} only, got {value!r}"
-                )
+                only = " or ".join(map(repr, allowed))
+                raise ValueError(f"config: {self.kind} attention goes with {name}={only} only, got {value!r}")
 
     def _check_sizes(self, least: Mapping[str, int]) -> None:
         for name, low in least.items():
@@ -97,8 +96,8 @@ _WHOLE_SEQUENCE: dict[str, tuple[Any, ...]] = {"causal": (False,), "window": (0,
 class Linformer(AttentionKind):
     """Keys and values projected along the sequence, from the longest one to `length` places (Wang et al. 2020).
 
-    A shorter sequence uses the projections' first rows. Places of the sequence are mixed, so nothing can be causal, have
-    a window, or a bias by position.
+    A shorter sequence uses the projections' first rows. Places of the sequence are mixed, so nothing can be causal,
+    have a window, or a bias by position.
 
     Attributes:
       length: k.
@@ -120,9 +119,7 @@ class Linformer(AttentionKind):
     def check(self, config: Any) -> None:
         super().check(config)
         if self.length > config.positions:
-            raise ValueError(
-                f"config: linformer's length {self.length} is over the model's {config.positions} positions"
-            )
+            raise ValueError(f"config: linformer's length {self.length} is over the {config.positions} positions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

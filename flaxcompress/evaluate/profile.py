@@ -16,19 +16,22 @@ from flaxcompress.encoding import compute_dtype
 from flaxcompress.formats import matmul_flops, nbytes, spec_of, stored_values, take_flops
 from flaxcompress.model import Model
 from flaxcompress.nn import init_cache
+from flaxcompress.nn.attention_kinds import attention_kind
 
 REST = "norms and biases"
 _PARTS = (  # the first full match decides; what matches none is `REST`
     ("token table", r"embedding/token"),
     ("positions and segments", r"embedding/(position|segment)"),
-    ("attention", r"layers/\d+/attention/.*/kernel"),
-    ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
+    ("attention", r"layers/\d+/attention/.*/(kernel|taps|table)|sequence/table"),
+    ("feed_forward", r"layers/\d+/feed_forward/.*/(kernel|taps)"),
     ("decoder", r"decoder/.*"),
     (REST, r"layers/.*|embedding/.*|final_norm/.*"),
     ("relative positions", r"relative_bias/.*"),
     ("pooler", r"pooler/.*"),
     ("head", r"head/.*"),
 )
+# What `core_flops` counts: it is not multiplied with every token.
+_IN_CORE = r"(.*/)?(key_|value_)?sequence/table|.*/attention/convolution/taps"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,9 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     """Counts what `model` stores and computes; its params may be abstract (`jax.eval_shape`), nothing is run.
 
     Args:
-      length: T, the tokens of a sequence: the attention core takes 4·T·H·d operations per token and layer (as if every
-        token saw all others, as the plain implementation computes it), the pooler runs once per sequence.
+      length: T, the tokens of a sequence: full attention's core takes 4·T·H·d operations per token and layer (as if
+        every token saw all others, as the plain implementation computes it; see `core_flops` for the other kinds), the
+        pooler runs once per sequence.
 
     Raises ValueError for a length outside 1 … positions.
     """
@@ -130,7 +134,7 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     for part in [name for name, _ in _PARTS if name in members]:
         flops = sum(_flops(config, address, node, length) for address, node in members[part].items())
         if part == "attention":
-            flops += config.layers * 4.0 * length * config.heads * config.head_dim
+            flops += config.layers * attention_kind(config).core_flops(config, length)
         if part == "head" and config.head == "masked_lm":
             flops += matmul_flops(nodes["embedding/token"])  # the tied output, x @ tableᵀ
         rows.append(
@@ -154,11 +158,11 @@ def profile(model: Model, *, length: int = 128) -> Profile:
 
 
 def cache_bytes(config: ModelConfig) -> int:
-    """Bytes that the key/value cache holds for a token, in the compute dtype; 0 for models without one."""
+    """Bytes that the cache grows by with a token, in the compute dtype; 0 for models without one."""
     if not config.causal:
         return 0
-    shapes = jax.eval_shape(lambda: init_cache(config, 1, 1, compute_dtype()).layers)
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves(shapes))
+    one, two = (jax.eval_shape(lambda n=n: init_cache(config, 1, n, compute_dtype()).layers) for n in (1, 2))
+    return nbytes(two) - nbytes(one)
 
 
 def part_of(address: str) -> str:
@@ -167,7 +171,7 @@ def part_of(address: str) -> str:
 
 
 def _flops(config: ModelConfig, address: str, node: Any, length: int) -> float:
-    if len(node.shape) != 2:
+    if len(node.shape) != 2 or re.fullmatch(_IN_CORE, address):
         return 0.0
     if "embedding/" in address:
         return take_flops(node)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
 
+from .flaxcompress_formats import take
+
 
 class Seen(NamedTuple):
     """What a layer sees beside its input.
@@ -145,6 +147,99 @@ class Attention:
         return attend_heads(net, query, key, value, seen.mask, seen.bias, need_probabilities)
 
 
+class LinformerAttention(Attention):
+    """Attention to keys and values that are projected along the sequence; the probabilities are [B, H, T, k]."""
+
+    @staticmethod
+    def declare(net, address):
+        """Makes the weights of one weight set; a projection that layers share is the network's."""
+        Attention.declare(net, address)
+        c, kind = net.structure, net.structure["attention"]
+        columns = kind["length"] * (net.groups if kind["sharing"] == "none" else 1)
+        for name in {"layer": (), "key_value": ("sequence",)}.get(kind["sharing"], ("key_sequence", "value_sequence")):
+            net.add_table(f"{address}/{name}/table", c["positions"], columns)
+
+    def mix(self, net, query, key, value, address, seen, need_probabilities):
+        """What tokens take from the projected values, and the probabilities when asked for."""
+        sharing, real = net.structure["attention"]["sharing"], seen.real[:, None, :, None]
+        at = {"layer": ("sequence",) * 2, "key_value": (f"{address}/sequence",) * 2}
+        at = at.get(sharing, (f"{address}/key_sequence", f"{address}/value_sequence"))
+        places = torch.arange(key.shape[2], device=key.device)
+        rows = [take(net.weight(f"{a}/table"), places).to(key.dtype) for a in at]
+        heads = [r.unflatten(-1, (-1, net.structure["attention"]["length"])).permute(1, 2, 0) for r in rows]
+        key, value = heads[0] @ (key * real), heads[1] @ (value * real)
+        every = seen.real.new_ones(1, 1, 1, key.shape[2])
+        return attend_heads(net, query, key, value, every, None, need_probabilities)
+
+
+class NystromAttention(Attention):
+    """Softmax attention approximated from landmarks, the means of segments of a row's tokens.
+
+    Rows of no more tokens than landmarks are exact. The probabilities are the approximated matrix [B, H, T, T].
+    """
+
+    @staticmethod
+    def declare(net, address):
+        """Makes the weights of one weight set."""
+        Attention.declare(net, address)
+        if width := net.structure["attention"]["convolution"]:
+            net.add_taps(f"{address}/convolution", width, net.structure["heads"])
+
+    def mix(self, net, query, key, value, address, seen, need_probabilities):
+        """What tokens take from the values, and the probabilities when asked for."""
+        c, kind = net.structure, net.structure["attention"]
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        value = value * seen.real[:, None, :, None]
+        scale = query.shape[-1] ** -0.5 if c["attention_scale"] is None else c["attention_scale"]
+        left, right = nystrom_factors(query.float() * scale, key.float(), seen.real, **self.sizes(kind))
+        dropped = F.dropout(right, c["attention_dropout"], net.root.training)
+        y = (left @ (dropped @ value.float())).to(value.dtype)
+        if kind["convolution"]:
+            taps = net.weight(f"{address}/convolution/taps").repeat_interleave(value.shape[-1], 1)
+            flat = value.transpose(1, 2).flatten(-2)
+            y = y + split_heads(depthwise(flat, taps, False), value.shape[-1])
+        return y, left @ right if need_probabilities else None
+
+    @staticmethod
+    def sizes(kind):
+        """Of the approximation."""
+        return {"landmarks": kind["landmarks"], "iterations": kind["iterations"]}
+
+
+def nystrom_factors(query, key, real, landmarks, iterations):
+    """Two factors [B, H, T, m] and [B, H, m, T] whose product stands for the probabilities; queries are scaled."""
+    count = real.sum(1, keepdim=True)
+    segment = (real.cumsum(1) - 1) * landmarks // count.clamp(min=1)
+    member = (segment[..., None] == torch.arange(landmarks, device=real.device)) & real[..., None]
+    sizes = member.sum(1)
+    means = (member / sizes.clamp(min=1)[:, None]).float().transpose(1, 2)[:, None]
+    keep = real[:, None, :, None]
+    query_mean, key_mean = means @ (query * keep), means @ (key * keep)
+    filled = (sizes > 0)[:, None, None, :]
+    right = masked_softmax(query_mean @ key.transpose(-1, -2), real[:, None, None, :] & filled.transpose(-1, -2))
+    exact = member[:, None].float().expand(-1, query.shape[1], -1, -1)
+    middle = masked_softmax(query_mean @ key_mean.transpose(-1, -2), filled & filled.transpose(-1, -2))
+    left = masked_softmax(query @ key_mean.transpose(-1, -2), filled) @ pseudo_inverse(middle, iterations)
+    return torch.where((count <= landmarks)[:, None, None], exact, left), right
+
+
+def masked_softmax(scores, allowed):
+    """Over the entries that are allowed; zeros where none is."""
+    some = allowed.any(-1, keepdim=True)
+    return scores.masked_fill(~(allowed | ~some), -torch.inf).softmax(-1) * some
+
+
+def pseudo_inverse(a, iterations):
+    """A⁺ of matrices of softmax rows, by iteration."""
+    eye = torch.eye(a.shape[-1], device=a.device)
+    largest = a.sum(-2).amax(-1) * a.sum(-1).amax(-1)
+    z = a.transpose(-1, -2) / largest.clamp(min=torch.finfo(a.dtype).tiny)[..., None, None]
+    for _ in range(iterations):
+        az = a @ z
+        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+    return z
+
+
 class LatentAttention:
     """Multi-head latent attention: keys and values of all heads come from one latent, which the cache keeps."""
 
@@ -232,7 +327,12 @@ class CrossAttention:
         return net.linear(y.transpose(1, 2).flatten(-2), f"{address}/output"), probabilities
 
 
-KINDS = {"full": Attention, "latent": LatentAttention}
+KINDS = {
+    "full": Attention,
+    "latent": LatentAttention,
+    "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
+}
 
 
 def attention_kind(structure):

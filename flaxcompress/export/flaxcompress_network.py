@@ -61,6 +61,8 @@ class Network:
             self.add_linear("embedding/projection", self.narrow, width)
         if c["relative_buckets"]:
             self.add_table("relative_bias/table", c["relative_buckets"], c["heads"])
+        if (c["attention"] or {}).get("sharing") == "layer":
+            self.add_table("sequence/table", c["positions"], c["attention"]["length"])
         sets = {part: range(max(numbers) + 1) for part, numbers in c["sharing"].items()}
         for number in sets["attention"]:
             self.attention.declare(self, f"layers/{number}/attention")

@@ -73,6 +73,7 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """The config without formats and sharing, and {the family's tensor name: float32 array} of a stock checkpoint."""
     flat = tree.flatten(model.params)
     family = FAMILIES[model.config.family]
+    _check_stock(model.config)
     config = model.config.replace(formats=())
     if not family.shares:
         config = config.replace(sharing=None)
@@ -87,6 +88,18 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         names[address] = where if address.startswith("head/") else where._replace(name=prefix + where.name)
     own = {a: arrays[a if family.shares else stored_address(model.config, a)] for a in names}
     return config, write_tensors(names, own)
+
+
+def _check_stock(config: ModelConfig) -> None:
+    """Raises ValueError for attention or convolutions that the family's stock format cannot say."""
+    family = FAMILIES[config.family]
+    stock = family.read_config(family.write_config(config))
+    for name in ("attention", "query_key_width", "projection_kernel", "feed_forward_kernel"):
+        if (value := getattr(config, name)) != getattr(stock, name):
+            raise ValueError(
+                f"export: a stock {config.family} folder cannot say {name}={value!r}; save the model instead, which "
+                "PyTorch reads with trust_remote_code"
+            )
 
 
 def stored_address(config: ModelConfig, address: str) -> str:

@@ -46,9 +46,7 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
     _refuse_experts(hf, kin)
     heads = hf["num_attention_heads"]
     if (groups := hf.get("num_key_value_heads") or heads) != heads:
-        raise ValueError(
-            f"config.json: num_key_value_heads {groups} is not supported, only num_attention_heads, {heads}"
-        )
+        raise ValueError(f"config.json: num_key_value_heads {groups} is not supported, only as many as heads, {heads}")
     biased = bool(hf.get("attention_bias", False))
     attention = Latent(
         query_rank=hf.get("q_lora_rank", 1536),

@@ -33,7 +33,7 @@ class Depthwise(nn.Module):
     def setup(self):
         own = self.width - 1 if self.config.causal else self.width // 2
 
-        def near_identity(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+        def near_identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             noise = jax.random.normal(key, shape, dtype) * self.config.initializer_range
             return noise.at[own].add(1.0)
 

@@ -21,6 +21,7 @@ from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
+from flaxcompress.nn.linformer import linformer_of, shares_one
 
 Record = Callable[[Any, Any], Any]
 
@@ -72,6 +73,8 @@ def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[s
     """The stacked parameters of all weight sets, `params["layers"]`."""
     x = jnp.zeros((1, 1, config.width))
     context = Context(memory=x) if config.sharing.cross_attention else Context()
+    if shares_one(config):
+        context = context._replace(sequence=jnp.zeros((1, 1, linformer_of(config).length)))
     flat: dict[str, Any] = {}
     for index, part in enumerate(PARTS):
         for number in range(config.sharing.sets(part) if part in config.sharing.parts else 0):
