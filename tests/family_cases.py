@@ -110,6 +110,18 @@ _ROPES = (
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "beta_fast": 3.0,
+        "original_max_position_embeddings": 16,
+    },
+)
+_DEEPSEEK_ROPES = (
+    *_ROPES,
+    {**_ROPES[3], "mscale": 0.7, "mscale_all_dim": 1.2},
+    {**_ROPES[3], "mscale": 1.0, "mscale_all_dim": 1.0, "beta_slow": 0.5, "truncate": False},
 )
 
 
@@ -180,7 +192,7 @@ def deepseek(rng, **more):
         "first_k_dense_replace": layers,
         "attention_bias": bool(rng.integers(2)),
         "tie_word_embeddings": bool(rng.integers(2)),
-        "rope_parameters": dict(_ROPES[int(rng.integers(len(_ROPES)))]),
+        "rope_parameters": dict(_DEEPSEEK_ROPES[int(rng.integers(len(_DEEPSEEK_ROPES)))]),
         "bos_token_id": 1,
         "eos_token_id": 2,
         **more,

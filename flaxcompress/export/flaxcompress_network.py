@@ -217,8 +217,16 @@ class Network:
             low, high = r["low_frequency_factor"], r["high_frequency_factor"]
             smooth = ((turns - low) / (high - low)).clamp(0, 1)
             frequency = (1 - smooth) * frequency / r["factor"] + smooth * frequency
+        elif r["scaling"] == "yarn" and not own:  # the same, but the blend is by the place of the frequency
+            ends = [r["original_positions"] / (r[f"{n}_frequency_factor"] * 2 * math.pi) for n in ("high", "low")]
+            first, last = (width * math.log(end) / (2 * math.log(r["theta"])) for end in ends)
+            first, last = (math.floor(first), math.ceil(last)) if r["whole"] else (first, last)
+            first, last = max(first, 0), min(last, width - 1)
+            last = first + 0.001 if first == last else last
+            divided = ((torch.arange(width // 2, device=positions.device) - first) / (last - first)).clamp(0, 1)
+            frequency = divided * frequency / r["factor"] + (1 - divided) * frequency
         angles = positions[:, None, :, None].float() * frequency.float()
-        return angles.cos(), angles.sin()
+        return angles.cos() * r["magnitude"], angles.sin() * r["magnitude"]
 
     def relative_bias(self, length, keys, device):
         """A bias on the scores of the last `length` tokens by key - query, [H, T, S], buckets wider far away."""

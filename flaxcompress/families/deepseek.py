@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import Latent, ModelConfig
 from flaxcompress.families.base import HF_ACTIVATIONS, Family, Names, activation, head_of, required
-from flaxcompress.families.rotary import read_rotary, write_rotary
+from flaxcompress.families.rotary import read_rotary, stated_rotary, write_rotary, yarn_scale
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -77,6 +78,7 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
         position_embedding="none",
         embedding_norm=False,
         rotary=read_rotary(hf),
+        attention_scale=_attention_scale(hf, attention),
         causal=True,
         gated=True,
         norm="rms",
@@ -88,6 +90,32 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
         head=head_of(hf, {"causal_lm": (f"{kin.classes}ForCausalLM",)}),
         tied=bool(hf.get("tie_word_embeddings", False)),
     )
+
+
+def _attention_scale(hf: Mapping[str, Any], kind: Latent) -> float | None:
+    """1/√d, sharpened for longer text where rotary positions are scaled; None for 1/√d alone."""
+    stated = stated_rotary(hf)
+    scaled = (stated.get("rope_type") or stated.get("type") or "default") != "default"
+    weight = stated.get("mscale_all_dim") if scaled else None
+    if not weight:
+        return None
+    return _plain_scale(kind) * yarn_scale(float(stated["factor"]), weight) ** 2
+
+
+def _plain_scale(kind: Latent) -> float:
+    return (kind.plain_width + kind.rotary_width) ** -0.5
+
+
+def _write_rotary(config: ModelConfig, kind: Latent) -> dict[str, Any]:
+    """The inverse of `read_rotary` and `_attention_scale`."""
+    out = write_rotary(config)
+    if (scale := config.attention_scale) is None:
+        return out
+    factor = config.rotary.factor if config.rotary is not None and config.rotary.scaling != "none" else 1.0
+    if factor <= 1:
+        raise ValueError(f"export: DeepSeek's attention_scale follows its rotary scaling, {scale} cannot be written")
+    weight = (math.sqrt(scale / _plain_scale(kind)) - 1) / (0.1 * math.log(factor))
+    return {"rope_parameters": {**out["rope_parameters"], "mscale_all_dim": weight}}
 
 
 def write_config(config: ModelConfig, *, kin: Kin) -> dict[str, Any]:
@@ -118,7 +146,7 @@ def write_config(config: ModelConfig, *, kin: Kin) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tied,
         "pad_token_id": config.pad_token or None,
-        **write_rotary(config),
+        **_write_rotary(config, kind),
     }
     out["mlp_bias" if kin.feed_forward_bias else "rope_interleave"] = (
         config.feed_forward_bias if kin.feed_forward_bias else kind.interleaved

@@ -193,7 +193,8 @@ class Transformer(nn.Module):
         if config.rotary is not None:
             positions = jnp.arange(length)[None] if positions is None else positions
             for name, local in (("rotation", False), ("local_rotation", True)):
-                turned[name] = rotation(positions, frequencies(config.rotary, config.rotary_dim, local=local))
+                frequency = frequencies(config.rotary, config.rotary_dim, local=local)
+                turned[name] = rotation(positions, frequency, config.rotary.magnitude)
         bias = self.relative_bias(queries, places) if config.relative_buckets else None
         context = Context(mask, wide, near, bias, slots=slots, **turned)
         if shares_one(config):
