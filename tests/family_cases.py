@@ -111,6 +111,18 @@ _ROPES = (
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "beta_fast": 3.0,
+        "original_max_position_embeddings": 16,
+    },
+)
+_DEEPSEEK_ROPES = (
+    *_ROPES,
+    {**_ROPES[3], "mscale": 0.7, "mscale_all_dim": 1.2},
+    {**_ROPES[3], "mscale": 1.0, "mscale_all_dim": 1.0, "beta_slow": 0.5, "truncate": False},
 )
 
 
@@ -201,6 +213,46 @@ def marian(rng):
     }
 
 
+def deepseek(rng, **more):
+    base = encoder(rng)
+    layers = base["num_hidden_layers"]
+    return {
+        "vocab_size": base["vocab_size"],
+        "hidden_size": base["hidden_size"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": base["num_attention_heads"],
+        "num_key_value_heads": base["num_attention_heads"],
+        "intermediate_size": base["intermediate_size"],
+        "max_position_embeddings": base["max_position_embeddings"],
+        "hidden_act": base["hidden_act"],
+        "rms_norm_eps": 1e-5,  # not that of the norms of latents
+        "q_lora_rank": [None, int(rng.integers(2, 9))][int(rng.integers(2))],
+        "kv_lora_rank": int(rng.integers(2, 9)),
+        "qk_rope_head_dim": 2 * int(rng.integers(1, 4)),
+        "qk_nope_head_dim": int(rng.integers(1, 7)),
+        "v_head_dim": int(rng.integers(1, 7)),
+        "first_k_dense_replace": layers,
+        "attention_bias": bool(rng.integers(2)),
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "rope_parameters": dict(_DEEPSEEK_ROPES[int(rng.integers(len(_DEEPSEEK_ROPES)))]),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def deepseek_v2(rng):
+    base = deepseek(rng, mlp_bias=bool(rng.integers(2)))
+    even = {
+        name: 2 * base[name] for name in ("kv_lora_rank", "qk_nope_head_dim")
+    }  # transformers views pairs as complex
+    return {**base, **even}
+
+
+def deepseek_v3(rng):
+    return deepseek(rng, rope_interleave=bool(rng.integers(2)))
+
+
 CLASSIFIERS = {
     "sequence_classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
@@ -254,6 +306,8 @@ CASES = {
     "qwen3": ("Qwen3Config", with_padding(qwen3), causal("Qwen3")),
     "t5": ("T5Config", t5, {"none": "T5Model", "seq2seq_lm": "T5ForConditionalGeneration"}),
     "marian": ("MarianConfig", marian, {"none": "MarianModel", "seq2seq_lm": "MarianMTModel"}),
+    "deepseek_v2": ("DeepseekV2Config", deepseek_v2, causal("DeepseekV2")),
+    "deepseek_v3": ("DeepseekV3Config", deepseek_v3, causal("DeepseekV3")),
 }
 
 

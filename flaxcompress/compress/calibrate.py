@@ -140,12 +140,17 @@ _SAME_INPUT = {
 }
 
 
-def moments_of(inputs: Mapping[str, Any], mask: Any) -> dict[str, Any]:
+def same_input(config: ModelConfig) -> dict[str, str]:
+    """{linear map: the one whose input it reads}."""
+    return {m: read for m, read in _SAME_INPUT.items() if not (config.projection_kernel and m.startswith("attention/"))}
+
+
+def moments_of(inputs: Mapping[str, Any], mask: Any, same: Mapping[str, str] = _SAME_INPUT) -> dict[str, Any]:
     """{part/linear: Σ xᵀx over the tokens that `mask` allows}; maps that read one input share one entry."""
     out = {}
     for part, linears in inputs.items():
         for name, kept in linears.items():
-            if f"{part}/{name}" in _SAME_INPUT:
+            if f"{part}/{name}" in same:
                 continue
             x = kept["x"].astype(jnp.float32)
             x = (x * mask[..., None]).reshape(-1, x.shape[-1])
@@ -155,7 +160,8 @@ def moments_of(inputs: Mapping[str, Any], mask: Any) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _batch_moments(params, ids, mask, config: ModelConfig, dtype):
-    out = Transformer(config, dtype).apply({"params": params}, ids, mask, need_logits=False, record=moments_of)
+    record = functools.partial(moments_of, same=same_input(config))
+    out = Transformer(config, dtype).apply({"params": params}, ids, mask, need_logits=False, record=record)
     return out.recorded  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -181,7 +187,7 @@ def _input_moments(model: Model, calibration: Calibration, sentences: int, progr
                 moments[address] = moments[address] + value if address in moments else value
     for address in tree.select(tree.View(model.params), r"layers/.*/kernel"):
         *layer, part, linear, _ = address.split("/")
-        if read := _SAME_INPUT.get(f"{part}/{linear}"):
+        if read := same_input(config).get(f"{part}/{linear}"):
             moments["/".join([*layer, part, linear])] = moments["/".join([*layer, read])]
     return moments
 

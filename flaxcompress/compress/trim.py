@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import jax
 
 from flaxcompress import tree
 from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import Linformer, ModelConfig
 from flaxcompress.formats import materialize
 from flaxcompress.model import Model
+
+_PROJECTIONS = r"(.*/)?(key_|value_)?sequence/table"  # of Linformer: they have a row for each position
 
 
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trim(Step):
-    """Cuts the position table to `positions` rows, drops the pooler, and stores small tables and vectors in 16 bits.
+    """Cuts the positions' tables, drops the pooler, and stores small tables and vectors in 16 bits.
 
     Attributes:
       positions: rows to keep; "limit" is the checkpoint's length limit, None keeps all. Longer inputs are refused
@@ -45,6 +48,8 @@ class Trim(Step):
             config = config.replace(positions=self.positions)
             if config.format_rule("embedding/position") is not None:  # the rows that are kept become dense
                 config = config.with_format("embedding/position", {"kind": "dense", "dtype": self.dtype or "float32"})
+            if isinstance(config.attention, Linformer):
+                config = config.with_rule(_PROJECTIONS, {"kind": "dense", "dtype": "float32"})
         if self.pooler == "drop":
             config = config.replace(pooler=False)
         if self.dtype is not None:
@@ -63,6 +68,9 @@ class Trim(Step):
             changes["embedding/position"] = materialize(view["embedding/position"])[
                 : self.positions + config.position_offset
             ]
+            for address in view:
+                if re.fullmatch(_PROJECTIONS, address):
+                    changes[address] = materialize(view[address])[: self.positions]
         if self.dtype is not None:
             for address in view.keys() - dropped:
                 if address in ("embedding/position", "embedding/segment") or address.endswith(("/scale", "/bias")):

@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flaxcompress import tree
-from flaxcompress.compress.calibrate import Batch, moments_of
+from flaxcompress.compress.calibrate import Batch, moments_of, same_input
 from flaxcompress.config import ModelConfig, Sets
 from flaxcompress.encoding import compute_dtype, lookup
 from flaxcompress.formats import dense
 from flaxcompress.model import Model
 from flaxcompress.nn import INPUTS, Context, Layer
+from flaxcompress.nn.attention_kinds import attention_kind
 from flaxcompress.nn.deltas import layer_variables
 from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
@@ -29,8 +30,7 @@ def stages_of(config: ModelConfig) -> list[tuple[_Linear, ...]]:
     """What one layer computes, in order; the linear maps of a stage read the same input."""
     into = (("feed_forward", "up"), ("feed_forward", "gate")) if config.gated else (("feed_forward", "up"),)
     return [
-        (("attention", "query"), ("attention", "key"), ("attention", "value")),
-        (("attention", "output"),),
+        *(tuple(("attention", name) for name in stage) for stage in attention_kind(config).stages(config)),
         into,
         (("feed_forward", "down"),),
     ]
@@ -150,4 +150,4 @@ def _run_layer(config: ModelConfig, sets: Sets, params, x, context):
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _layer_moments(config: ModelConfig, sets: Sets, params, x, context, name: str):
     _, recorded = Layer(config, _structure(config, sets)).apply(layer_variables(params), x, context, mutable=[INPUTS])
-    return moments_of(recorded[INPUTS], context.real)[name]
+    return moments_of(recorded[INPUTS], context.real, same_input(config))[name]

@@ -1,5 +1,6 @@
 """ModelConfig and its parts: frozen, validated on construction, JSON both ways."""
 
+from flaxcompress.config.attention import ATTENTION_KINDS, AttentionKind, Latent, Linformer, Nystrom
 from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule
@@ -20,16 +21,21 @@ from flaxcompress.config.sharing import PARTS, SUBLAYERS, Sets, Sharing
 
 __all__ = [
     "ACTIVATIONS",
+    "ATTENTION_KINDS",
     "CLASSIFIERS",
     "GENERATING",
     "HEADS",
     "PARTS",
     "SUBLAYERS",
+    "AttentionKind",
     "Classifier",
     "Deltas",
     "FormatRule",
+    "Latent",
     "Lexicon",
+    "Linformer",
     "ModelConfig",
+    "Nystrom",
     "Patches",
     "Rotary",
     "Sets",

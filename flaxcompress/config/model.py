@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flaxcompress.config.attention import AttentionKind, Latent, read_attention
 from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.deepnorm import DeepNorm, deepnorm, deepnorm_decoder, deepnorm_encoder
 from flaxcompress.config.deltas import Deltas
@@ -47,6 +48,7 @@ def add_head_name(name: str) -> None:
 _SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 # How fields that are objects in JSON are read: a function of the object and of where it stands.
 _READERS: dict[str, Any] = {
+    "attention": read_attention,
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
     "deltas": part_reader(Deltas),
@@ -77,6 +79,11 @@ class ModelConfig:
       feed_forward_width: F; a tuple has one for each weight set of the feed-forward networks.
       key_value_heads: K, heads of keys and values, each read by H/K query heads; None: H.
       head_width: d; None: D/H.
+      attention: the kind of self-attention: `Latent`, `Linformer` or `Nystrom`; None: full.
+      query_key_width: r, the width of a head's query and key where it is below d, that of its value; None: d.
+      projection_kernel: queries, keys and values are projected from depthwise convolutions over the sequence of this
+        width, each with its own (CvT, Wu et al. 2021); centred, or, in causal models, ending at the token. 0: none.
+      feed_forward_kernel: the same for what the feed-forward's up and gate maps read, one for both.
       attention_bias, output_bias, feed_forward_bias, norm_bias, head_bias: whether the projections of queries, keys and
         values, that of the attention's output, the feed-forward maps, the norms, and the head's transform have biases.
       query_key_norm: an RMS norm over each head's queries and keys (Qwen3).
@@ -125,6 +132,10 @@ class ModelConfig:
     heads: int  # H
     key_value_heads: int | None = None  # K
     head_width: int | None = None  # d
+    attention: AttentionKind | None = None
+    query_key_width: int | None = None  # r
+    projection_kernel: int = 0
+    feed_forward_kernel: int = 0
     feed_forward_width: int | tuple[int, ...]  # F
     positions: int = 512
     position_offset: int = 0
@@ -189,7 +200,8 @@ class ModelConfig:
             kind, value = _SIMPLE.get(str(field.type)), getattr(self, field.name)
             if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
                 raise ValueError(f"config: {field.name} must be of type {field.type}, got {value!r}")
-        for name in ("segments", "position_offset", "relative_buckets", "window", "classes", "vocabulary"):
+        counts = ("segments", "position_offset", "relative_buckets", "window", "classes", "vocabulary")
+        for name in (*counts, "projection_kernel", "feed_forward_kernel"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
         if self.embedding_width is not None and self.embedding_width < 1:
@@ -204,14 +216,19 @@ class ModelConfig:
             )
         if self.head_width is None and self.width % self.heads:
             raise ValueError(f"config: width {self.width} is not divisible by heads {self.heads}")
-        for name in ("key_value_heads", "head_width"):
+        for name in ("key_value_heads", "head_width", "query_key_width"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
         if self.heads % self.groups:
             raise ValueError(f"config: heads {self.heads} are not divisible by key_value_heads {self.groups}")
-        if self.rotary is not None and self.head_dim % 2:
-            raise ValueError(f"config: rotary positions turn pairs, but a head is {self.head_dim} wide")
+        if self.query_key_dim > self.head_dim:
+            raise ValueError(f"config: query_key_width {self.query_key_dim} is over the head's width {self.head_dim}")
+        if self.rotary is not None and self.rotary_dim % 2:
+            raise ValueError(f"config: rotary positions turn pairs, but a head is {self.rotary_dim} wide")
+        for name in ("projection_kernel", "feed_forward_kernel"):
+            if (width := getattr(self, name)) == 1 or (width and not self.causal and width % 2 == 0):
+                raise ValueError(f"config: {name} must be 0, or above 1 and, unless causal, odd; got {width}")
         for name, known in (
             ("norm", NORMS),
             ("norm_place", NORM_PLACES),
@@ -267,6 +284,8 @@ class ModelConfig:
         if len(self.sharing.attention) != self.layers:
             raise ValueError(f"sharing: the maps have {len(self.sharing.attention)} entries for {self.layers} layers")
         object.__setattr__(self, "formats", tuple(self.formats))
+        if self.attention is not None:
+            self.attention.check(self)
         self._check_decoder()
 
     def _check_feed_forward_width(self) -> None:
@@ -309,6 +328,16 @@ class ModelConfig:
     def head_dim(self) -> int:
         """d, the width of one attention head."""
         return self.head_width or self.width // self.heads
+
+    @property
+    def query_key_dim(self) -> int:
+        """r, the width of one head's query and key."""
+        return self.query_key_width or self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head's query and key has rotary positions."""
+        return self.attention.rotary_width if isinstance(self.attention, Latent) else self.query_key_dim
 
     @property
     def groups(self) -> int:

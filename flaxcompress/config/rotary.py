@@ -7,7 +7,7 @@ import dataclasses
 from flaxcompress.config.names import closest
 from flaxcompress.config.part import Part
 
-ROTARY_SCALINGS = ("none", "linear", "llama3")
+ROTARY_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,13 @@ class Rotary(Part):
     Attributes:
       theta: θ.
       local_theta: of layers with a window; None for `theta`.
-      scaling: "none", "linear" (all frequencies divided by `factor`) or "llama3" (only the low ones, with a smooth
-        change between).
-      factor, low_frequency_factor, high_frequency_factor, original_positions: of the scaling.
+      scaling: "none", "linear" (all frequencies divided by `factor`), "llama3" (only the low ones, with a smooth change
+        between) or "yarn" (the change is by the place of the frequency instead; Peng et al. 2023, §3.2).
+      factor: of the scaling.
+      low_frequency_factor, high_frequency_factor: how often a frequency turns over `original_positions` to be a low or
+        a high one.
+      whole: the change begins and ends at whole places ("yarn").
+      magnitude: what turned queries and keys are multiplied by ("yarn"; §3.4).
     """
 
     theta: float = 10_000.0
@@ -29,10 +33,12 @@ class Rotary(Part):
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_positions: int = 8192
+    whole: bool = True
+    magnitude: float = 1.0
 
     def __post_init__(self):
         if self.scaling not in ROTARY_SCALINGS:
             raise ValueError(f"rotary: unknown scaling {self.scaling!r}; {closest(self.scaling, ROTARY_SCALINGS)}")
-        for name in ("theta", "factor"):
+        for name in ("theta", "factor", "magnitude"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"rotary: {name} must be positive, got {getattr(self, name)}")

@@ -17,7 +17,7 @@ from flaxcompress.decoding.generate import Generated, OnToken, Rules, State, che
 from flaxcompress.decoding.sampling import Sampling
 from flaxcompress.decoding.step import next_logits
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.nn import Cache, cache_slots, cut, grow, init_cache
+from flaxcompress.nn import Cache, cache_slots, cut, grow, held_inputs, init_cache
 from flaxcompress.text import Assets
 
 
@@ -87,7 +87,9 @@ class Conversation:
         same = [a == b for a, b in zip(ids[:-1], self.ids, strict=False)]
         known = same.index(False) if False in same else len(same)
         cache = self._cache
-        if cache is None or known == 0 or int(cache.length) > cache.real.shape[1]:  # or a ring that has gone round
+        # A ring that has gone round has lost what came first, a convolution the inputs before the last ones.
+        lost = cache is not None and int(cache.length) > cache.real.shape[1]
+        if cache is None or known == 0 or lost or held_inputs(self._config):
             return init_cache(self._config, 1, slots, compute_dtype()), 0
         wanted = cache_slots(self._config, slots)
         return cut(grow(cache, wanted) if wanted > cache.real.shape[1] else cache, known), known

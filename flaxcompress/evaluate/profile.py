@@ -16,24 +16,28 @@ from flaxcompress.encoding import compute_dtype
 from flaxcompress.formats import matmul_flops, nbytes, spec_of, stored_values, take_flops
 from flaxcompress.model import Model
 from flaxcompress.nn import init_cache
+from flaxcompress.nn.attention_kinds import attention_kind
+from flaxcompress.nn.cross_attention import CrossAttention
 
 REST = "norms and biases"
 _PARTS = (  # the first full match decides; what matches none is `REST`
     ("token table", r"embedding/token"),
     ("positions and segments", r"embedding/(position|segment)"),
     ("patches", r"embedding/patch/kernel"),
-    ("attention", r"layers/\d+/attention/.*/kernel"),
-    ("feed_forward", r"layers/\d+/feed_forward/.*/kernel"),
+    ("attention", r"layers/\d+/attention/.*/(kernel|taps|table)|sequence/table"),
+    ("feed_forward", r"layers/\d+/feed_forward/.*/(kernel|taps)"),
     ("deltas", r"layers/\d+/deltas/.*"),
-    ("decoder attention", r"decoder/layers/\d+/attention/.*/kernel"),
+    ("decoder attention", r"decoder/layers/\d+/attention/.*/(kernel|taps)"),
     ("decoder cross-attention", r"decoder/layers/\d+/cross_attention/.*/kernel"),
-    ("decoder feed_forward", r"decoder/layers/\d+/feed_forward/.*/kernel"),
+    ("decoder feed_forward", r"decoder/layers/\d+/feed_forward/.*/(kernel|taps)"),
     ("decoder deltas", r"decoder/layers/\d+/deltas/.*"),
     (REST, r"(decoder/)?(layers/.*|embedding/.*|final_norm/.*)"),
     ("relative positions", r"(decoder/)?relative_bias/.*"),
     ("pooler", r"pooler/.*"),
     ("head", r"head/.*"),
 )
+# What `core_flops` counts: it is not multiplied with every token.
+_IN_CORE = r"(.*/)?(key_|value_)?sequence/table|.*/attention/convolution/taps"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +122,9 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     """Counts what `model` stores and computes; its params may be abstract (`jax.eval_shape`), nothing is run.
 
     Args:
-      length: T, the tokens of a sequence: the attention core takes 4·T·H·d operations per token and layer (as if every
-        token saw all others, as the plain implementation computes it), the pooler runs once per sequence. An encoder's
-        and its decoder's sequences are taken to be equally long.
+      length: T, the tokens of a sequence: full attention's core takes 4·T·H·d operations per token and layer (as if
+        every token saw all others, as the plain implementation computes it; see `core_flops` for the other kinds), the
+        pooler runs once per sequence. An encoder's and its decoder's sequences are taken to be equally long.
 
     Raises ValueError for a length outside 1 … positions.
     """
@@ -135,8 +139,11 @@ def profile(model: Model, *, length: int = 128) -> Profile:
     rows = []
     for part in [name for name, _ in _PARTS if name in members]:
         flops = sum(_flops(config, address, node, length) for address, node in members[part].items())
-        if part.endswith("attention"):
-            flops += _core_flops(config if part == "attention" else config.decoder or config, length)
+        if part == "attention":
+            flops += config.layers * attention_kind(config).core_flops(config, length)
+        elif part.endswith("attention") and (decoder := config.decoder) is not None:
+            kind = attention_kind(decoder) if part == "decoder attention" else CrossAttention
+            flops += decoder.layers * kind.core_flops(decoder, length)
         if part == "head" and _tied_output(config):
             flops += matmul_flops(nodes["embedding/token"])
         rows.append(
@@ -160,24 +167,19 @@ def profile(model: Model, *, length: int = 128) -> Profile:
 
 
 def cache_bytes(config: ModelConfig) -> int:
-    """Bytes that the key/value cache holds for a token, in the compute dtype; 0 for models without one.
+    """Bytes that the cache grows by with a token, in the compute dtype; 0 for models without one.
 
-    In a model with a decoder: for a token of the target; what the cache holds of the source does not grow with it.
+    In a model with a decoder: with a token of the target; what the cache holds of the source does not grow.
     """
     if not (config.decoder or config).causal:
         return 0
-    shapes = jax.eval_shape(lambda: init_cache(config, 1, 1, compute_dtype(), memory=0).layers)
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves(shapes))
-
-
-def _core_flops(config: ModelConfig, length: int) -> float:
-    """Of scores and weighted sums, per token, in all layers."""
-    return config.layers * 4.0 * length * config.heads * config.head_dim
+    one, two = (jax.eval_shape(lambda n=n: init_cache(config, 1, n, compute_dtype()).layers) for n in (1, 2))
+    return nbytes(two) - nbytes(one)
 
 
 def _tied_output(config: ModelConfig) -> bool:
     """Whether logits are x @ tableᵀ."""
-    return config.head == "masked_lm" or (config.head in GENERATING and config.tied)
+    return config.head in ("masked_lm", "pretraining") or (config.head in GENERATING and config.tied)
 
 
 def part_of(address: str) -> str:
@@ -186,7 +188,7 @@ def part_of(address: str) -> str:
 
 
 def _flops(config: ModelConfig, address: str, node: Any, length: int) -> float:
-    if len(node.shape) != 2:
+    if len(node.shape) != 2 or re.fullmatch(_IN_CORE, address):
         return 0.0
     if re.fullmatch(r"(decoder/)?(embedding/(token|position|segment)|relative_bias/table)", address):
         return take_flops(node)

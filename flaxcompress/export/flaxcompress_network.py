@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .flaxcompress_attention import CrossAttention, Seen, attention_kind
+from .flaxcompress_attention import CrossAttention, Seen, attention_kind, depthwise, lead
 from .flaxcompress_formats import build, matmul, take
 
 ACTIVATIONS = {
@@ -43,6 +43,7 @@ class Network:
         self.root, self.structure, self.formats, self.prefix = root, structure, formats, prefix
         c = structure
         self.head_width = c["head_width"] or c["width"] // c["heads"]
+        self.scored_width = c["query_key_width"] or self.head_width
         self.groups = c["key_value_heads"] or c["heads"]
         self.narrow = c["embedding_width"] or c["width"]
         self.attention = attention_kind(structure)()
@@ -66,6 +67,8 @@ class Network:
             self.add_linear("embedding/projection", self.narrow, width)
         if c["relative_buckets"]:
             self.add_table("relative_bias/table", c["relative_buckets"], c["heads"])
+        if (c["attention"] or {}).get("sharing") == "layer":
+            self.add_table("sequence/table", c["positions"], c["attention"]["length"])
         sets = {part: range(max(numbers) + 1) for part, numbers in c["sharing"].items()}
         for number in sets["attention"]:
             self.attention.declare(self, f"layers/{number}/attention")
@@ -115,6 +118,8 @@ class Network:
         for name in ("gate", "up") if c["gated"] else ("up",):
             self.add_linear(f"{address}/{name}", c["width"], inner, bias)
         self.add_linear(f"{address}/down", inner, c["width"], bias)
+        if c["feed_forward_kernel"]:
+            self.add_taps(f"{address}/depthwise", c["feed_forward_kernel"], c["width"])
 
     def _declare_deltas(self, number, layer):
         """Two factors for each linear map that they change, of which the shapes are those in a layer that uses them."""
@@ -153,6 +158,10 @@ class Network:
         if self.structure["norm"] == "layer" and self.structure["norm_bias"]:
             self.add_vector(f"{address}/bias", width)
 
+    def add_taps(self, address, width, features):
+        """A depthwise convolution's weights, [k, D]."""
+        self._add(f"{address}/taps", (width, features))
+
     def weight(self, address):
         """The parameter or module at an address."""
         return getattr(self.root, self.prefix + address)
@@ -171,6 +180,10 @@ class Network:
         deltas = self.structure["deltas"]
         scale = 1.0 if deltas["alpha"] is None else deltas["alpha"] / deltas["rank"]
         return y + matmul(matmul(x, self.weight(f"{delta}/down")), self.weight(f"{delta}/up")) * scale
+
+    def depthwise(self, x, address, before=None):
+        """A depthwise convolution over the sequence, causal in causal models."""
+        return depthwise(x, self.weight(f"{address}/taps"), self.structure["causal"], before)
 
     def norm(self, x, address):
         """The model's norm over the last axis, computed in float32, returned in x's dtype."""
@@ -246,7 +259,7 @@ class Network:
         c = self.structure
         if c["rotary"] is None:
             return None
-        r, width = c["rotary"], self.head_width
+        r, width = c["rotary"], self.attention.rotary_width(self)
         own = local and r["local_theta"] is not None
         steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         frequency = 1.0 / (r["local_theta"] if own else r["theta"]) ** steps
@@ -257,8 +270,16 @@ class Network:
             low, high = r["low_frequency_factor"], r["high_frequency_factor"]
             smooth = ((turns - low) / (high - low)).clamp(0, 1)
             frequency = (1 - smooth) * frequency / r["factor"] + smooth * frequency
+        elif r["scaling"] == "yarn" and not own:  # the same, but the blend is by the place of the frequency
+            ends = [r["original_positions"] / (r[f"{n}_frequency_factor"] * 2 * math.pi) for n in ("high", "low")]
+            first, last = (width * math.log(end) / (2 * math.log(r["theta"])) for end in ends)
+            first, last = (math.floor(first), math.ceil(last)) if r["whole"] else (first, last)
+            first, last = max(first, 0), min(last, width - 1)
+            last = first + 0.001 if first == last else last
+            divided = ((torch.arange(width // 2, device=positions.device) - first) / (last - first)).clamp(0, 1)
+            frequency = divided * frequency / r["factor"] + (1 - divided) * frequency
         angles = positions[:, None, :, None].float() * frequency.float()
-        return angles.cos(), angles.sin()
+        return angles.cos() * r["magnitude"], angles.sin() * r["magnitude"]
 
     def relative_bias(self, length, keys, device):
         """A bias on the scores of the last `length` tokens by key - query, [H, T, S], buckets wider far away."""
@@ -330,6 +351,7 @@ class Network:
         c = self.structure
         masks = self.masks(mask, x.shape[1])
         turns = [self.rotation(positions, local) for local in (False, True)]
+        seen = seen._replace(real=mask[:, -x.shape[1] :].ne(0))
         states, attentions, crossed = [x], [], []
         for layer in range(c["layers"]):
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
@@ -358,7 +380,7 @@ class Network:
         """One layer: its output and, when asked for, its probabilities on tokens and on the encoder's."""
         norms, parallel = at["norms"], self.structure["parallel"] != "none"
         attend = lambda x: self.attention(self, x, at["attention"], seen, need_attentions)  # noqa: E731
-        feed = lambda x: (self.feed_forward(x, at["feed_forward"]), None)  # noqa: E731
+        feed = lambda x: (self.feed_forward(x, at["feed_forward"], seen), None)  # noqa: E731
         together = {"attention": attend, "feed_forward": feed} if parallel else {"attention": attend}
         x, other = self.residual(x, norms, together, rate)
         crossed = {}
@@ -385,8 +407,11 @@ class Network:
             total = total + y
         return total if before else self.norm(total, f"{norms}/{next(iter(sublayers))}"), other
 
-    def feed_forward(self, x, address):
-        """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
+    def feed_forward(self, x, address, seen):
+        """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)); a convolution may come before."""
+        if width := self.structure["feed_forward_kernel"]:
+            x, before = lead(x, seen, width, 2 * self.structure["layers"])
+            x = self.depthwise(x, f"{address}/depthwise", before)
         activate, up = ACTIVATIONS[self.structure["activation"]], self.linear(x, f"{address}/up")
         y = activate(self.linear(x, f"{address}/gate")) * up if self.structure["gated"] else activate(up)
         return self.linear(y, f"{address}/down")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import ModelConfig, Rotary
 
-_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
+_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 _LLAMA3 = {
     "low_freq_factor": "low_frequency_factor",
     "high_freq_factor": "high_frequency_factor",
@@ -17,7 +18,12 @@ _LLAMA3 = {
 
 def read_rotary(hf: Mapping[str, Any]) -> Rotary:
     """The rotary positions that a config states. Raises ValueError for a scaling that does not exist here."""
-    return _rotary(hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta")})
+    return _rotary(stated_rotary(hf))
+
+
+def stated_rotary(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says about rotary positions, older ones in the current form."""
+    return hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta")}
 
 
 def _rotary(stated: Mapping[str, Any]) -> Rotary:
@@ -33,7 +39,30 @@ def _rotary(stated: Mapping[str, Any]) -> Rotary:
         if missing := [key for key in _LLAMA3 if key not in stated]:
             raise ValueError(f"config.json: rope_type 'llama3' needs {', '.join(missing)}")
         fields.update({ours: stated[theirs] for theirs, ours in _LLAMA3.items()})
+    if kind == "yarn":
+        if "original_max_position_embeddings" not in stated:
+            raise ValueError("config.json: rope_type 'yarn' needs original_max_position_embeddings")
+        fields |= {
+            "original_positions": stated["original_max_position_embeddings"],
+            "high_frequency_factor": float(stated.get("beta_fast") or 32),
+            "low_frequency_factor": float(stated.get("beta_slow") or 1),
+            "whole": bool(stated.get("truncate", True)),
+            "magnitude": _magnitude(stated, fields["factor"]),
+        }
     return Rotary(**fields)
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """By what YaRN sharpens scores for longer text: 0.1·weight·ln(factor) + 1 (Peng et al. 2023, eq. 22)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _magnitude(stated: Mapping[str, Any], factor: float) -> float:
+    if (own := stated.get("attention_factor")) is not None:
+        return float(own)
+    if (over := stated.get("mscale")) and (under := stated.get("mscale_all_dim")):
+        return yarn_scale(factor, over) / yarn_scale(factor, under)
+    return yarn_scale(factor)
 
 
 def write_rotary(config: ModelConfig) -> dict[str, Any]:
@@ -49,6 +78,14 @@ def _stated(rotary: Rotary) -> dict[str, Any]:
         out["factor"] = rotary.factor
     if kind == "llama3":
         out.update({theirs: getattr(rotary, ours) for theirs, ours in _LLAMA3.items()})
+    if kind == "yarn":
+        out |= {
+            "original_max_position_embeddings": rotary.original_positions,
+            "beta_fast": rotary.high_frequency_factor,
+            "beta_slow": rotary.low_frequency_factor,
+            "truncate": rotary.whole,
+            "attention_factor": rotary.magnitude,
+        }
     return out
 
 

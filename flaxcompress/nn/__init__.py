@@ -3,6 +3,7 @@
 from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, cache_slots, cut, grow, is_ring, lay_out, stack_up
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.depthwise import held_inputs
 from flaxcompress.nn.heads import HeadInputs, pool_sequence, register_head
 from flaxcompress.nn.init_cache import init_cache
 from flaxcompress.nn.layer import Layer
@@ -24,6 +25,7 @@ __all__ = [
     "cache_slots",
     "cut",
     "grow",
+    "held_inputs",
     "init_cache",
     "is_ring",
     "lay_out",

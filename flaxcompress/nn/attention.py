@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import LayerCache, is_ring
 from flaxcompress.nn.context import Context
+from flaxcompress.nn.depthwise import Depthwise, lead
 from flaxcompress.nn.linear import Linear, project_together
 from flaxcompress.ops import attend_values, attention_probabilities, dot_product_attention, rotate
 
 
 class Core(nn.Module):
-    """softmax(QKᵀ)V with dropout on the probabilities, and the probabilities [B, H, T, S] when asked for."""
+    """softmax(QKᵀ)V with dropout on the probabilities, and the probabilities [B, H, T, S] when asked for.
+
+    Attributes:
+      scale: of the scores; None for the config's.
+    """
 
     config: ModelConfig
+    scale: float | None = None
 
     @nn.compact
     def __call__(
@@ -31,7 +36,8 @@ class Core(nn.Module):
         deterministic: bool,
         need_probabilities: bool,
     ) -> tuple[Float[Array, "B T H e"], Float[Array, "B H T S"] | None]:
-        rate, scale = self.config.attention_dropout, self.config.attention_scale
+        rate = self.config.attention_dropout
+        scale = self.config.attention_scale if self.scale is None else self.scale
         if need_probabilities or (not deterministic and rate > 0):
             probabilities = attention_probabilities(query, key, mask, bias, scale=scale)
             dropped = nn.Dropout(rate, name="drop")(probabilities, deterministic=deterministic)
@@ -51,15 +57,30 @@ class Attention(nn.Module):
     @staticmethod
     def cache_arrays(config: ModelConfig) -> dict[str, tuple[int, int]]:
         """What the cache keeps of a token: {name: (heads, width)}."""
-        return {"key": (config.groups, config.head_dim), "value": (config.groups, config.head_dim)}
+        return {"key": (config.groups, config.query_key_dim), "value": (config.groups, config.head_dim)}
+
+    @staticmethod
+    def stages(config: ModelConfig) -> list[tuple[str, ...]]:
+        """The linear maps in the order in which they are used; those of a stage read the same input."""
+        into = [("query",), ("key",), ("value",)] if config.projection_kernel else [("query", "key", "value")]
+        return [*into, ("output",)]
+
+    @staticmethod
+    def core_flops(config: ModelConfig, length: int) -> float:
+        """Operations per token and layer beside the linear maps, at `length` tokens."""
+        return 2.0 * length * config.heads * (config.query_key_dim + config.head_dim)
 
     def setup(self):
         config, address = self.config, self.address
-        inner, shared = config.heads * config.head_dim, config.groups * config.head_dim
-        self.query = Linear(config, f"{address}/query", config.width, inner, config.attention_bias)
-        self.key = Linear(config, f"{address}/key", config.width, shared, config.attention_bias)
-        self.value = Linear(config, f"{address}/value", config.width, shared, config.attention_bias)
-        self.output = Linear(config, f"{address}/output", inner, config.width, config.output_bias)
+        width, scored, inner = config.width, config.query_key_dim, config.heads * config.head_dim
+        self.query = Linear(config, f"{address}/query", width, config.heads * scored, config.attention_bias)
+        self.key = Linear(config, f"{address}/key", width, config.groups * scored, config.attention_bias)
+        self.value = Linear(config, f"{address}/value", width, config.groups * config.head_dim, config.attention_bias)
+        self.output = Linear(config, f"{address}/output", inner, width, config.output_bias)
+        if kernel := config.projection_kernel:
+            self.query_depthwise = Depthwise(config, f"{address}/query_depthwise", kernel, width)
+            self.key_depthwise = Depthwise(config, f"{address}/key_depthwise", kernel, width)
+            self.value_depthwise = Depthwise(config, f"{address}/value_depthwise", kernel, width)
         if config.query_key_norm:
             self.query_norm = Norm(config, f"{address}/query_norm")
             self.key_norm = Norm(config, f"{address}/key_norm")
@@ -75,20 +96,36 @@ class Attention(nn.Module):
         need_probabilities: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
         config = self.config
-        parts = project_together(x, (self.query, self.key, self.value))
-        query, key, value = (p.reshape(*p.shape[:-1], -1, config.head_dim) for p in parts)
+        parts, cache = self._project(x, context, cache)
+        query, key = (p.reshape(*p.shape[:-1], -1, config.query_key_dim) for p in parts[:2])
+        value = parts[2].reshape(*parts[2].shape[:-1], -1, config.head_dim)
         if config.query_key_norm:
             query, key = self.query_norm(query).astype(x.dtype), self.key_norm(key).astype(x.dtype)
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
         if cache is not None:
-            new = cache.store("key", key).store("value", value)
-            if is_ring(config) and x.shape[1] > 1:  # the tokens may push out what their first ones still see
-                key = jnp.concatenate([cache.read("key", key.dtype), key], 1)
-                value = jnp.concatenate([cache.read("value", value.dtype), value], 1)
-            else:
-                key, value = new.read("key", key.dtype), new.read("value", value.dtype)
-            cache = new
+            seen, cache = cache.extend({"key": key, "value": value}, ring=is_ring(config))
+            key, value = seen["key"], seen["value"]
         need = {"deterministic": deterministic, "need_probabilities": need_probabilities}
-        y, probabilities = self.core(query, key, value, context.mask, context.bias, **need)
+        y, probabilities = self.mix(query, key, value, context, **need)
         return self.output(y.reshape(*y.shape[:-2], -1)), probabilities, cache
+
+    def _project(self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None):
+        """Queries, keys and values, [B, T, heads·width] each, and the cache."""
+        maps = (self.query, self.key, self.value)
+        if not self.config.projection_kernel:
+            return project_together(x, maps), cache
+        x, before, cache = lead(x, "projection_inputs", context, cache)
+        convolved = (self.query_depthwise, self.key_depthwise, self.value_depthwise)
+        return [linear(each(x, before)) for linear, each in zip(maps, convolved, strict=True)], cache
+
+    def mix(
+        self,
+        query: Float[Array, "B T H r"],
+        key: Float[Array, "B S K r"],
+        value: Float[Array, "B S K d"],
+        context: Context,
+        **need: bool,
+    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T S"] | None]:
+        """What tokens take from the values, and the probabilities when asked for."""
+        return self.core(query, key, value, context.mask, context.bias, **need)

@@ -16,8 +16,9 @@ class Cache(NamedTuple):
 
     Attributes:
       layers: {"key": [L, B, K, S, d], "value": …}: what attention keeps of tokens, stacked over layers; heads before
-        slots, as the products of attention want them. In a decoder also "cross_key" and "cross_value", of the memory.
-        While decoding, a tuple of the layers' arrays in place of each stack (see `lay_out`).
+        slots, as the products of attention want them. In a decoder also "cross_key" and "cross_value", of the memory;
+        where convolutions need them the last inputs, "projection_inputs" [L, B, 1, k - 1, D] and the like. While
+        decoding, a tuple of the layers' arrays in place of each stack (see `lay_out`).
       real: [B, S] whether a slot holds a token that may be seen (padding may not).
       places: [S] the place in the sequence of what a slot holds; the same for all rows.
       length: how many places are filled so far, padding included.
@@ -88,6 +89,17 @@ class LayerCache(NamedTuple):
         last = new[:, -self.slots.shape[0] :].transpose(0, 2, 1, 3).astype(self.kept[name].dtype)
         return self._replace(new={**self.new, name: last})
 
+    def extend(
+        self, new: dict[str, Float[Array, "B T K d"]], *, ring: bool
+    ) -> tuple[dict[str, Float[Array, "B S K d"]], LayerCache]:
+        """What the tokens see of every array, theirs included, and the cache with them stored."""
+        after = self
+        for name, array in new.items():
+            after = after.store(name, array)
+        if ring and next(iter(new.values())).shape[1] > 1:  # they may push out what their first ones still see
+            return {n: jnp.concatenate([self.read(n, array.dtype), array], 1) for n, array in new.items()}, after
+        return {n: after.read(n, array.dtype) for n, array in new.items()}, after
+
     def fill(self, name: str, array: Float[Array, "B S K d"]) -> LayerCache:
         """With all of an array exchanged."""
         whole = array.transpose(0, 2, 1, 3).astype(self.kept[name].dtype)
@@ -105,7 +117,10 @@ def stored(
 
 
 def cut(cache: Cache, length: int) -> Cache:
-    """The cache as it was after its first `length` tokens, none of which may be padding or have been overwritten."""
+    """The cache as it was after its first `length` tokens, none of which may be padding or have been overwritten.
+
+    Not for models with convolutions, whose last inputs are not kept for every token.
+    """
     slots = cache.real.shape[1]
     return cache._replace(
         real=cache.real & (jnp.arange(slots) < length),
@@ -116,10 +131,14 @@ def cut(cache: Cache, length: int) -> Cache:
 
 def grow(cache: Cache, slots: int) -> Cache:
     """With room for more tokens; not for a ring that has gone round, and not for a cache laid out."""
-    more = slots - cache.real.shape[1]
-    pad = lambda x, axis: jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)])  # noqa: E731
+    before = cache.real.shape[1]
+
+    def pad(x: Any, axis: int) -> Any:
+        return jnp.pad(x, [(0, slots - before if i == axis % x.ndim else 0) for i in range(x.ndim)])
+
+    growing = lambda name, x: x.shape[-2] == before and not name.startswith("cross_")  # noqa: E731
     return cache._replace(
-        layers={n: x if n.startswith("cross_") else pad(x, -2) for n, x in cache.layers.items()},
+        layers={name: pad(x, -2) if growing(name, x) else x for name, x in cache.layers.items()},
         real=pad(cache.real, 1),
         places=pad(cache.places, 0),
     )

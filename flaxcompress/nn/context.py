@@ -21,6 +21,7 @@ class Context(NamedTuple):
       slots: where the layer's cache puts the tokens, [t]; None: there is no cache.
       memory: the encoder's output, [B, S, D], in a decoder; None where the cache has what it needs of it.
       memory_mask: which of its tokens are no padding, [B, S].
+      sequence: a projection of the sequence's places that all layers share, [T, 1, k] (Linformer).
     """
 
     real: Any = None
@@ -32,6 +33,7 @@ class Context(NamedTuple):
     slots: Any = None
     memory: Any = None
     memory_mask: Any = None
+    sequence: Any = None
 
     def within(self, local: bool | jax.Array) -> Context:
         """As a layer with (`local`) or without a window sees it; `local` may be traced."""

@@ -21,6 +21,11 @@ class CrossAttention(nn.Module):
     config: ModelConfig
     address: str
 
+    @staticmethod
+    def core_flops(config: ModelConfig, length: int) -> float:
+        """Operations per token and layer beside the linear maps, at a source of `length` tokens."""
+        return 4.0 * length * config.heads * config.head_dim
+
     def setup(self):
         config, address = self.config, self.address
         inner, shared = config.heads * config.head_dim, config.groups * config.head_dim

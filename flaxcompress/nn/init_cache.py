@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.attention_kinds import attention_kind
 from flaxcompress.nn.cache import Cache, cache_slots
+from flaxcompress.nn.depthwise import held_inputs
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32, *, memory: int = 0) -> Cache:
@@ -21,6 +22,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.fl
     slots = cache_slots(config, length)
     arrays = attention_kind(config).cache_arrays(config)
     shapes = {name: (heads, slots, width) for name, (heads, width) in arrays.items()}
+    shapes |= {name: (1, count, config.width) for name, count in held_inputs(config).items()}
     crossing = bool(config.sharing.cross_attention)
     if crossing:
         shapes |= dict.fromkeys(("cross_key", "cross_value"), (config.groups, memory, config.head_dim))

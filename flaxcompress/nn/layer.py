@@ -64,24 +64,28 @@ class Layer(nn.Module):
         need = {"deterministic": deterministic, "need_probabilities": need_probabilities}
 
         def attend(x: Any) -> Any:
-            y, *rest = self.attention(x, context, cache=cache, **need)
-            return self.drop(y, deterministic=deterministic), rest
+            nonlocal cache
+            y, probabilities, cache = self.attention(x, context, cache=cache, **need)
+            return self.drop(y, deterministic=deterministic), probabilities
 
         def attend_to_memory(x: Any) -> Any:
-            y, *rest = self.cross_attention(x, context, cache=cache, **need)
-            return self.drop(y, deterministic=deterministic), rest
+            nonlocal cache
+            y, probabilities, cache = self.cross_attention(x, context, cache=cache, **need)
+            return self.drop(y, deterministic=deterministic), probabilities
 
         def feed(x: Any) -> Any:
+            nonlocal cache
+            if self.config.feed_forward_kernel:
+                x, cache = self.feed_forward.convolve(x, context, cache)
             return self.drop(self.feed_forward(x), deterministic=deterministic), None
 
         residual = functools.partial(self.norms.residual, drop_rate=drop_rate)
         together = {"attention": attend, **({} if self.config.parallel == "none" else {"feed_forward": feed})}
         x, other = residual(x, together)
-        probabilities, cache = other["attention"]
-        cross = None
+        probabilities, cross = other["attention"], None
         if self.config.sharing.cross_attention:
             x, other = residual(x, {"cross_attention": attend_to_memory})
-            cross, cache = other["cross_attention"]
+            cross = other["cross_attention"]
         if "feed_forward" not in together:
             x, _ = residual(x, {"feed_forward": feed})
         return LayerOutput(x, probabilities, cross, cache)

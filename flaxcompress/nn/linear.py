@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import matmul, spec_for
+from flaxcompress.formats import materialize, matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
 from flaxcompress.nn.initializer import kernel_initializer
 
@@ -64,6 +64,11 @@ class Linear(nn.Module):
         self.record(x)
         y = matmul(x, self.kernel)
         return self.adapted(x, y if self.bias is None else y + self.bias.astype(x.dtype))
+
+    def matrix(self) -> Float[Array, "n m"]:
+        """The dense matrix that the map multiplies by, its delta included, float32."""
+        w = materialize(self.kernel)
+        return w + self.adapted(jnp.eye(self.in_features), jnp.zeros_like(w))
 
     def adapted(self, x: Float[Array, "*B n"], y: Float[Array, "*B m"]) -> Float[Array, "*B m"]:
         """y with this map's delta of x added, where the layer has one (see `nn/deltas.py`)."""

@@ -24,6 +24,7 @@ from flaxcompress.nn.context import Context
 from flaxcompress.nn.deltas import init_deltas, layer_variables
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
+from flaxcompress.nn.linformer import linformer_of, shares_one
 from flaxcompress.nn.remat import rematerialised
 
 Record = Callable[[Any, Any], Any]
@@ -76,6 +77,8 @@ def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[s
     """The stacked parameters of all weight sets, `params["layers"]`: sets of one structure are drawn by one program."""
     x = jnp.zeros((1, 1, config.width))
     context = Context(memory=x) if config.sharing.cross_attention else Context()
+    if shares_one(config):
+        context = context._replace(sequence=jnp.zeros((1, 1, linformer_of(config).length)))
 
     def draw(part: str, number: int, key: jax.Array) -> Any:
         used = part == "deltas"  # by a layer whose linear maps they fit

@@ -19,6 +19,7 @@ from flaxcompress.nn.context import Context
 from flaxcompress.nn.embedding import Embedding
 from flaxcompress.nn.heads import HEADS, HeadInputs, Pooler
 from flaxcompress.nn.image_embedding import ImageEmbedding
+from flaxcompress.nn.linformer import SequenceProjection, shares_one
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
 from flaxcompress.ops import both, frequencies, rotation, sight
@@ -68,6 +69,8 @@ class Transformer(nn.Module):
         self.embedding: Any = kind(config, self.dtype, self.prefix)
         if config.relative_buckets:
             self.relative_bias = RelativeBias(config, self.prefix)
+        if shares_one(config):
+            self.sequence = SequenceProjection(config, f"{self.prefix}sequence")
         self.layers = Stack(config, self.prefix)
         if config.final_norm:
             self.final_norm = Norm(config, f"{self.prefix}final_norm", self.dtype)
@@ -176,7 +179,8 @@ class Transformer(nn.Module):
         """
         config = self.config
         if config.patches is not None:
-            return self.embedding(ids, deterministic=deterministic), Context(), None
+            x = self.embedding(ids, deterministic=deterministic)
+            return x, Context(sequence=self.sequence(x.shape[1]) if shares_one(config) else None), None
         length = ids.shape[1]
         positions, after, slots = None, None, None
         if cache is None:
@@ -197,9 +201,12 @@ class Transformer(nn.Module):
         if config.rotary is not None:
             positions = jnp.arange(length)[None] if positions is None else positions
             for name, local in (("rotation", False), ("local_rotation", True)):
-                turned[name] = rotation(positions, frequencies(config.rotary, config.head_dim, local=local))
+                frequency = frequencies(config.rotary, config.rotary_dim, local=local)
+                turned[name] = rotation(positions, frequency, config.rotary.magnitude)
         bias = self.relative_bias(queries, places) if config.relative_buckets else None
         context = Context(mask, wide, near, bias, slots=slots, **turned)
+        if shares_one(config):
+            context = context._replace(sequence=self.sequence(length))
         if memory is not None:
             context = context._replace(memory=memory.states, memory_mask=memory.mask)
             if after is not None:
