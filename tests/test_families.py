@@ -34,6 +34,13 @@ def test_every_family_has_a_case():
     assert {*CASES, "vit"} == set(FAMILIES)  # images have a file of their own
 
 
+@pytest.mark.parametrize("family", CASES)
+def test_a_family_names_its_heads(family):  # for load(head=…)
+    assert {"none", *FAMILIES[family].heads} == set(CASES[family][2])
+    for head, classes in FAMILIES[family].heads.items():
+        assert CASES[family][2][head] == classes[0]
+
+
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, DRAWS))])
 @pytest.mark.parametrize(("family", "head"), HEADED)
 def test_outputs_equal_those_of_transformers(family, head, number, tmp_path):
