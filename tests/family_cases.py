@@ -260,8 +260,8 @@ CLASSIFIERS = {
 }
 
 
-def causal(classes, language_model="ForCausalLM"):
-    more = {head: classes + suffix for head, suffix in CLASSIFIERS.items()}
+def causal(classes, language_model="ForCausalLM", heads=3):
+    more = {head: classes + suffix for head, suffix in list(CLASSIFIERS.items())[:heads]}
     return {"none": f"{classes}Model", "causal_lm": classes + language_model, **more}
 
 
@@ -306,8 +306,8 @@ CASES = {
     "qwen3": ("Qwen3Config", with_padding(qwen3), causal("Qwen3")),
     "t5": ("T5Config", t5, {"none": "T5Model", "seq2seq_lm": "T5ForConditionalGeneration"}),
     "marian": ("MarianConfig", marian, {"none": "MarianModel", "seq2seq_lm": "MarianMTModel"}),
-    "deepseek_v2": ("DeepseekV2Config", deepseek_v2, causal("DeepseekV2")),
-    "deepseek_v3": ("DeepseekV3Config", deepseek_v3, causal("DeepseekV3")),
+    "deepseek_v2": ("DeepseekV2Config", with_padding(deepseek_v2), causal("DeepseekV2", heads=1)),
+    "deepseek_v3": ("DeepseekV3Config", with_padding(deepseek_v3), causal("DeepseekV3", heads=2)),
 }
 
 

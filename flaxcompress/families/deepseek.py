@@ -12,7 +12,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxcompress.config import Latent, ModelConfig
-from flaxcompress.families.base import HF_ACTIVATIONS, Family, Names, activation, head_of, required
+from flaxcompress.families.base import (
+    HF_ACTIVATIONS,
+    Family,
+    Names,
+    activation,
+    architecture_of,
+    class_count,
+    classifier_heads,
+    head_of,
+    last_token,
+    required,
+    write_classes,
+    write_padding,
+)
 from flaxcompress.families.rotary import read_rotary, stated_rotary, write_rotary, yarn_scale
 
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -28,6 +41,12 @@ class Kin:
     experts: int
     dense_layers: int
     feed_forward_bias: bool  # whether mlp_bias is heeded
+    classifiers: tuple[str, ...] = ("sequence_classification",)
+
+    @property
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """{our head: transformers' classes}."""
+        return {"causal_lm": (f"{self.classes}ForCausalLM",), **classifier_heads(self.classes, *self.classifiers)}
 
 
 def _refuse_experts(hf: Mapping[str, Any], kin: Kin) -> None:
@@ -45,7 +64,7 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
     """transformers' DeepseekV2Config or DeepseekV3Config -> ModelConfig. Raises ValueError for experts."""
     required(hf, kin.model_type, _REQUIRED)
     _refuse_experts(hf, kin)
-    heads = hf["num_attention_heads"]
+    heads, head = hf["num_attention_heads"], head_of(hf, kin.heads)
     if (groups := hf.get("num_key_value_heads") or heads) != heads:
         raise ValueError(f"config.json: num_key_value_heads {groups} is not supported, only as many as heads, {heads}")
     biased = bool(hf.get("attention_bias", False))
@@ -87,7 +106,9 @@ def read_config(hf: Mapping[str, Any], *, kin: Kin) -> ModelConfig:
         attention_bias=biased,
         output_bias=biased,
         feed_forward_bias=kin.feed_forward_bias and bool(hf.get("mlp_bias", False)),
-        head=head_of(hf, {"causal_lm": (f"{kin.classes}ForCausalLM",)}),
+        head=head,
+        classifier=last_token(hf, head),
+        classes=class_count(hf, head),
         tied=bool(hf.get("tie_word_embeddings", False)),
     )
 
@@ -125,7 +146,7 @@ def write_config(config: ModelConfig, *, kin: Kin) -> dict[str, Any]:
         raise ValueError(f"export: a {kin.model_type} model has latent attention, got {kind}")
     out = {
         "model_type": kin.model_type,
-        "architectures": [f"{kin.classes}{'ForCausalLM' if config.head == 'causal_lm' else 'Model'}"],
+        "architectures": [architecture_of(config, kin.heads, f"{kin.classes}Model")],
         "vocab_size": config.vocabulary,
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
@@ -145,7 +166,8 @@ def write_config(config: ModelConfig, *, kin: Kin) -> dict[str, Any]:
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tied,
-        "pad_token_id": config.pad_token or None,
+        **write_padding(config),
+        **write_classes(config),
         **_write_rotary(config, kind),
     }
     out["mlp_bias" if kin.feed_forward_bias else "rope_interleave"] = (
@@ -178,6 +200,7 @@ def names(config: ModelConfig) -> Names:
     out.norm("final_norm", "norm", bias=False)
     if config.head == "causal_lm" and not config.tied:
         out.linear("head/output", "lm_head", bias=False)
+    out.classifier(config, "score")
     return out
 
 
@@ -187,6 +210,7 @@ def _family(kin: Kin) -> Family:
         read_config=functools.partial(read_config, kin=kin),
         write_config=functools.partial(write_config, kin=kin),
         names=names,
+        heads=kin.heads,
         base="model",
         ignored=(r".*rotary_emb\.inv_freq", r"lm_head\.weight"),  # computed; tied to the token table
         head_prefixes=("score.", "lm_head."),
@@ -194,4 +218,14 @@ def _family(kin: Kin) -> Family:
 
 
 V2 = _family(Kin("deepseek_v2", "DeepseekV2", 2048, experts=64, dense_layers=0, feed_forward_bias=True))
-V3 = _family(Kin("deepseek_v3", "DeepseekV3", 4096, experts=256, dense_layers=3, feed_forward_bias=False))
+V3 = _family(
+    Kin(
+        "deepseek_v3",
+        "DeepseekV3",
+        4096,
+        experts=256,
+        dense_layers=3,
+        feed_forward_bias=False,
+        classifiers=("sequence_classification", "token_classification"),
+    )
+)
