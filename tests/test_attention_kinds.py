@@ -14,7 +14,10 @@ import pytest
 
 import flaxcompress as fc
 from flaxcompress import tree
+from flaxcompress.compress import Calibration
+from flaxcompress.compress import Context as StepContext
 from flaxcompress.config import FormatRule, Latent, Linformer, ModelConfig, Nystrom, Rotary, Sharing
+from flaxcompress.data import CalibrationText
 from flaxcompress.evaluate.profile import cache_bytes, profile
 from flaxcompress.model import abstract_flat
 from flaxcompress.nn import Context, Transformer, run
@@ -615,8 +618,6 @@ def test_stock_folders_refuse_what_they_cannot_say(more, tmp_path):
 
 
 def test_trimming_cuts_the_projections():
-    from flaxcompress.compress import Context as StepContext
-
     for name in ("none, grouped", "layer"):
         model = model_of(f"encoder: linformer {name}")
         small = fc.Trim(positions=9)(model, StepContext(original=model), key=jax.random.key(0))
@@ -638,9 +639,12 @@ def test_calibrated_steps_go_through_every_matrix(more):
     model = make_model(
         vocabulary, width=16, layers=2, feed_forward_width=24, positions=32, initializer_range=0.2, **more
     )
-    texts = make_sentences(vocabulary, 40)
-    recipe = fc.Recipe([fc.Quantize(bits=8, group=None, sentences=24)], scrambled=0.0)
-    small, _ = fc.compress(model, recipe, calibration=texts, key=jax.random.key(0))
+    texts = tuple(make_sentences(vocabulary, 24))
+    held = Calibration(
+        CalibrationText(name="words", train=texts, held_out=()), model.assets, vocabulary=len(vocabulary)
+    )
+    step = fc.Quantize(bits=8, sentences=24)
+    small = step(model, StepContext(original=model, calibration=held), key=jax.random.key(0))
     kinds = {a: type(n).__name__ for a, n in tree.flatten(small.params).items() if a.endswith("/kernel")}
     assert set(kinds.values()) == {"Quantized"} and len(kinds) >= 12
-    assert (model.encode(texts) * small.encode(texts)).sum(-1).min() > 0.999
+    assert (model.encode(list(texts)) * small.encode(list(texts))).sum(-1).min() > 0.999
