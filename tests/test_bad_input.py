@@ -471,7 +471,7 @@ def test_no_tokenizer(folder):
         (folder / file).unlink(missing_ok=True)
     model = load(folder)  # the network itself works
     assert not model.assets.has_tokenizer
-    with pytest.raises(ValueError, match=r"no tokenizer: put tokenizer\.json, vocab\.txt, or vocab\.json"):
+    with pytest.raises(ValueError, match=r"no tokenizer: put tokenizer\.json beside its config\.json"):
         model.encode(["the cat"])
 
 

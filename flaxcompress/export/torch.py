@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -33,7 +34,11 @@ from flaxcompress.text import (
     tokenizer_config_file,
 )
 
-_LAYER_FIELDS = ("norm_place", "residual_scale", "parallel")  # how sublayers are added up; other families differ in it
+# What a stock folder need not say: how matrices are stored and drawn, what training does, what is adapted on the way.
+_UNSAID = (
+    *("formats", "sharing", "deltas", "segments", "pooler", "decoder"),
+    *("dropout", "attention_dropout", "layer_dropout", "initializer", "initializer_range", "initializer_gain"),
+)
 FLOAT_TOLERANCE = 1e-4
 INTEGER_TOLERANCE = 2e-3
 SENTENCES = (
@@ -116,14 +121,21 @@ def _check_stock(config: ModelConfig) -> None:
     hint = "save the model instead: its folder runs in PyTorch too"
     if not isinstance(config.feed_forward_width, int):
         raise ValueError(
-            f"export: stock {config.family} layers have one feed_forward_width, but this model's are "
+            f"export: stock {config.family} folders have one feed_forward_width, but this model's are "
             f"{list(config.feed_forward_width)}; {hint}"
         )
     family = FAMILIES[config.family]
     stock = family.read_config(family.write_config(config))
-    for name in _LAYER_FIELDS:
-        if (value := getattr(config, name)) != (own := getattr(stock, name)):
-            raise ValueError(f"export: stock {config.family} layers have {name} {own!r}, not {value!r}; {hint}")
+    pairs = [(config, stock, "")]
+    if config.decoder is not None and stock.decoder is not None:
+        pairs.append((config.decoder, stock.decoder, "decoder/"))
+    for ours, theirs, prefix in pairs:
+        for field in dataclasses.fields(ModelConfig):
+            value, own = getattr(ours, field.name), getattr(theirs, field.name)
+            if field.name not in _UNSAID and value != own:
+                raise ValueError(
+                    f"export: stock {config.family} folders have {prefix}{field.name} {own!r}, not {value!r}; {hint}"
+                )
 
 
 def stored_address(config: ModelConfig, address: str) -> str:
