@@ -351,3 +351,17 @@ def test_versions():
 def test_report_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_report().seconds = 1
+
+
+def test_an_encoder_and_its_decoder_are_counted_part_by_part():
+    same = {"width": 8, "heads": 2, "feed_forward_width": 12, "positions": 16, "segments": 0, "pooler": False}
+    sharing = Sharing.own(3, cross_attention=True)
+    decoder = ModelConfig(vocabulary=0, layers=3, causal=True, sharing=sharing, **same)
+    config = ModelConfig(vocabulary=20, layers=2, decoder=decoder, head="seq2seq_lm", **same)
+    found = profile(Model.init(config, key=jax.random.key(0)), length=10)
+    flops = {part.part: part.flops_per_token for part in found.parts}
+    attention, fed = 2 * 4 * 8 * 8 + 4 * 10 * 8, 2 * 2 * 8 * 12  # of a layer
+    assert flops["attention"] == 2 * attention and flops["feed_forward"] == 2 * fed
+    assert flops["decoder attention"] == flops["decoder cross-attention"] == 3 * attention
+    assert flops["decoder feed_forward"] == 3 * fed and flops["head"] == 2 * 8 * 20
+    assert found.cache_bytes_per_token == 3 * 2 * 8 * 4
