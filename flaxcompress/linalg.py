@@ -87,7 +87,7 @@ def tensor_train(
     The squared error is at most the sum of what the cut at each r_k loses alone: none at full ranks. Rows up to Π n_k
     are zeros.
     """
-    from tensorly.backend import backend_context
+    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
     from tensorly.decomposition import tensor_train as decompose
 
     w = np.asarray(matrix, np.float64)
