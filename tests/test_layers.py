@@ -375,6 +375,7 @@ def test_a_decoder_in_a_sandwich_norms_every_sublayer_twice():
         ({"parallel": "one_norms"}, "unknown parallel 'one_norms'.*did you mean 'one_norm'"),
         ({"parallel": "one_norm"}, "'one_norm' needs norms before sublayers"),
         ({"parallel": "two_norms", "norm_place": "pre", "sharing": CROSSING}, "and a map of cross_attention"),
+        ({"parallel": "one_norm", "norm_place": "pre", "first_norm": False}, "first_norm=False makes sense"),
         ({"residual_scale": 0.0}, "residual_scale must be positive"),
         ({"layer_dropout": 1.0}, r"layer_dropout must lie in \[0, 1\)"),
         ({"initializer": "xaver"}, "unknown initializer 'xaver'.*did you mean 'xavier'"),

@@ -117,7 +117,11 @@ def test_profile_of_compressed_formats():
             "low_rank 96 (float32 · int4, g8)",
         ),
         ({"kind": "banded", "bands": [[128, 4], [96, 3]], "scale_dtype": "float16"}, "banded 128@4 96@3"),
-        ({"kind": "tensor_train", "ranks": [1, 2], "order": 3}, "tensor_train order 3"),
+        (
+            {"kind": "tensor_train", "rows": [20, 30, 51], "columns": [8, 8, 6], "ranks": [16, 12], "dtype": "float32"},
+            "tensor_train 20·30·51×8·8·6, rank 16",
+        ),
+        ({"kind": "unknown", "ranks": [1, 2], "order": 3}, "unknown order 3"),
     ],
 )
 def test_describe(spec, want):

@@ -246,8 +246,10 @@ class ModelConfig:
             raise ValueError(f"config: local needs one entry for each of {self.layers} layers, got {len(local)}")
         if any(local) != (self.window > 0):
             raise ValueError(f"config: window {self.window} with {sum(local)} local layers: give both or none")
-        if not self.first_norm and self.norm_place != "pre":
-            raise ValueError("config: first_norm=False makes sense with norm_place='pre' only")
+        if not self.first_norm and (self.norm_place != "pre" or self.parallel == "one_norm"):
+            raise ValueError(
+                "config: first_norm=False makes sense with norm_place='pre' only, where norms are not shared"
+            )
         if self.parallel != "none" and (decodes or self.norm_place == "post"):
             raise ValueError(
                 f"config: parallel {self.parallel!r} needs norms before sublayers and no attention to an encoder, got "
