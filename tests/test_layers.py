@@ -391,7 +391,7 @@ def test_additions_that_make_no_sense(change, message):
 def test_stock_layers_cannot_say_other_places(name, tmp_path):
     pytest.importorskip("transformers")
     model = fc.Model(params=random_params(place_config(name)), config=place_config(name))
-    with pytest.raises(ValueError, match="stock bert folders have .*, not .*save the model instead"):
+    with pytest.raises(ValueError, match=r"stock bert folders have .*, not .*save the model instead"):
         fc.export(model, tmp_path / "stock", format="torch-dense")
 
 
