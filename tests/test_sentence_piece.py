@@ -116,3 +116,32 @@ def test_damaged_files_are_named(files, message):
     content = tuple((name, model if value is None else value) for name, value in files.items())
     with pytest.raises(ValueError, match=message):
         make_tokenizer(Assets(files=content).files, 16)
+
+
+def test_a_trimmed_vocabulary_gets_a_tokenizer_of_its_own(marian, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import jax
+
+    import flaxcompress as fc
+    from flaxcompress.compress import Calibration, TrimVocabulary
+    from flaxcompress.compress.step import Context
+
+    folder, theirs = marian
+    assets = read_assets(folder, positions=64, source="x")
+    assets = Assets(files=assets.files, max_length=64, end_tokens=(0,), start_token=len(theirs) - 1, never_tokens=(2,))
+    sizes = {"width": 8, "layers": 1, "heads": 2, "feed_forward_width": 8, "positions": 64}
+    config = fc.ModelConfig(vocabulary=len(theirs), pad_token=len(theirs) - 1, **sizes)
+    model = fc.Model.init(config, key=jax.random.key(0), assets=assets)
+    corpus = fc.CalibrationText("corpus", tuple(ENGLISH[:2]), ())
+    context = Context(original=model, calibration=Calibration(corpus, assets, vocabulary=config.vocabulary))
+    small = TrimVocabulary()(model, context, key=jax.random.key(0))
+    assert small.config.vocabulary < config.vocabulary
+    assert small.assets.start_token == small.config.pad_token == small.config.vocabulary - 1
+    assert small.assets.end_tokens == (0,) and small.assets.never_tokens == (2,)
+    fc.save(small, tmp_path / "small")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+    for text in ENGLISH[:2]:
+        ids = small.assets.tokenize([text]).ids[0]
+        old = assets.tokenize([text]).ids[0]
+        assert again(text)["input_ids"] == ids
+        assert again.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(old)

@@ -17,6 +17,7 @@ from flaxcompress.text import Assets
 from flaxcompress.tokenizer import make_tokenizer, vocabulary_lines
 
 _CHUNK = 4096
+_PIECES = ("source.spm", "spiece.model")
 _KINDS = ("WordPiece", "BPE", "Unigram", "WordLevel")
 
 Files = tuple[tuple[str, bytes], ...]
@@ -200,6 +201,8 @@ def without_others(files: Files, data: Mapping[str, Any], kept: set[int]) -> Fil
     added = [{**token, "id": new[token["id"]]} for token in data["added_tokens"]]
     whole = {**data, "model": model, "added_tokens": added}
     whole["post_processor"] = _renumbered(data["post_processor"], new)
+    if any(name in _PIECES for name, _ in files):  # whose ids follow from the file: tokenizer.json takes their place
+        return _instead_of_pieces(files, whole)
     out = []
     for name, content in files:
         if name == "tokenizer.json":
@@ -221,6 +224,24 @@ def without_others(files: Files, data: Mapping[str, Any], kept: set[int]) -> Fil
             content = _options(content, new)
         out.append((name, content))
     return tuple(out)
+
+
+def _instead_of_pieces(files: Files, whole: Mapping[str, Any]) -> Files:
+    """tokenizer.json in place of SentencePiece files, and a tokenizer_config.json that makes transformers read it."""
+    options = {key: value for key, value in _object_of(files, "tokenizer_config.json").items() if "_token" in key}
+    options.pop("added_tokens_decoder", None)
+    known = {token["content"] for token in whole["added_tokens"]}
+    common = (("eos_token", "</s>"), ("unk_token", "<unk>"), ("pad_token", "<pad>"))
+    options = {**{key: token for key, token in common if token in known}, **options}
+    options["tokenizer_class"] = "PreTrainedTokenizerFast"
+    gone = {*_PIECES, "target.spm", "vocab.json", "tokenizer_config.json", "added_tokens.json"}
+    kept = tuple((name, content) for name, content in files if name not in gone)
+    made = {"tokenizer.json": whole, "tokenizer_config.json": options}
+    return (*kept, *((name, json.dumps(data, ensure_ascii=False).encode()) for name, data in made.items()))
+
+
+def _object_of(files: Files, name: str) -> dict[str, Any]:
+    return json.loads(dict(files).get(name, b"{}"))
 
 
 def _options(content: bytes, new: Mapping[int, int]) -> bytes:

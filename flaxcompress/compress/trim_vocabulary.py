@@ -75,7 +75,9 @@ class TrimVocabulary(Step):
             raise ValueError(f"TrimVocabulary: keep: the tokenizer has no token {unknown[0]!r}")
         # Where positions are counted from the padding token's id, it has to remain what it is.
         pads = range(config.pad_token + 1) if config.position_offset else (config.pad_token,)
-        ids, files = trimmed(assets, texts, {*pads, *assets.end_tokens, *(known[token] for token in self.keep)})
+        starts = () if assets.start_token is None else (assets.start_token,)
+        stay = {*pads, *assets.end_tokens, *starts, *(known[token] for token in self.keep)}
+        ids, files = trimmed(assets, texts, stay)
         if ids[-1] >= config.vocabulary:
             raise ValueError(
                 f"TrimVocabulary: the tokenizer gives id {ids[-1]}, but the model's vocabulary has "
@@ -134,11 +136,14 @@ def keep_tokens(model: Model, ids: Sequence[int], files: Files) -> Model:
     new = {old: number for number, old in enumerate(ids)}
     if (spec := spec_of(changes[_TABLE])) != parse_spec(config.format_rule(_TABLE), _TABLE):
         config = config.with_format(_TABLE, spec.to_json())  # the tiers' rows are other numbers now
-    ends = tuple(new[i] for i in model.assets.end_tokens)
+    assets = model.assets
+    start = None if assets.start_token is None else new[assets.start_token]
+    never = tuple(new[i] for i in assets.never_tokens if i in new)
+    ends = tuple(new[i] for i in assets.end_tokens)
     return Model(
         params=tree.replace(model.params, changes),
         config=config.replace(vocabulary=len(ids), pad_token=new[config.pad_token]),
-        assets=dataclasses.replace(model.assets, files=files, end_tokens=ends),
+        assets=dataclasses.replace(assets, files=files, end_tokens=ends, start_token=start, never_tokens=never),
     )
 
 
