@@ -36,7 +36,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         hf,
         "mpnet",
         head=head,
-        head_activation="tanh" if head == "sequence_classification" else "gelu",
+        head_activation={"masked_lm": "gelu", "sequence_classification": "tanh"}.get(head),
         classifier=TRANSFORMED if head == "sequence_classification" else Classifier(),
         segments=0,
         pad_token=pad,

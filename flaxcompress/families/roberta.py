@@ -25,7 +25,7 @@ def read_config(hf: Mapping[str, Any], *, family: str, classes: str) -> ModelCon
         hf,
         family,
         head=head,
-        head_activation="tanh" if head == "sequence_classification" else "gelu",
+        head_activation={"masked_lm": "gelu", "sequence_classification": "tanh"}.get(head),
         classifier=TRANSFORMED if head == "sequence_classification" else Classifier(),
         pad_token=pad,
         position_offset=pad + 1,
