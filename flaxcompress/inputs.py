@@ -18,10 +18,12 @@ def is_traced(x: Any) -> bool:
 
 
 def check_ids(name: str, given: Any, positions: int, vocabulary: int) -> Any:
-    """Token ids [B, T] as an array; ValueError for another shape, too many tokens and ids outside the vocabulary."""
+    """Token ids [B, T] as an array; ValueError for another shape, no or too many tokens, ids outside the vocabulary."""
     ids = given if is_traced(given) else np.asarray(given)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         raise ValueError(f"{name}: expected integers of shape [B, T], got {ids.dtype} {list(ids.shape)}")
+    if ids.shape[1] == 0:
+        raise ValueError(f"{name}: shape {list(ids.shape)} has no tokens; give each sequence one or more")
     if ids.shape[1] > positions:
         raise ValueError(f"{name}: {ids.shape[1]} tokens, but the model has {positions} positions")
     if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:

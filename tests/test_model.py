@@ -409,6 +409,7 @@ def test_padding_changes_nothing_and_all_padding_is_finite():
         ({"input_ids": [[-1, 3]]}, ValueError, "lie outside the vocabulary"),
         ({"input_ids": np.ones((1, 33), int)}, ValueError, "33 tokens, but the model has 32 positions"),
         ({"input_ids": [1, 2]}, ValueError, r"integers of shape \[B, T\]"),
+        ({"input_ids": np.ones((2, 0), int)}, ValueError, r"shape \[2, 0\] has no tokens"),
         ({"input_ids": [[0.5]]}, ValueError, "expected integers"),
         (
             {"attention_mask": [[1, 1, 1]]},
