@@ -24,7 +24,7 @@ from flaxcompress.model import abstract_flat, init_params
 from flaxcompress.nn import Stack, run
 from flaxcompress.nn.initializer import kernel_initializer
 from flaxcompress.nn.stack import init_layers
-from flaxcompress.train.optimizer import label
+from flaxcompress.train.rates import label
 
 EPS = float(np.finfo(np.float32).eps)
 BASE = fc.ModelConfig(
