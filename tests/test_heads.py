@@ -16,7 +16,8 @@ import flaxcompress as fc
 from flaxcompress import tree
 from flaxcompress.config import FormatRule
 from flaxcompress.nn import Linear, pool_sequence, run
-from flaxcompress.train import train
+from flaxcompress.data.batches import StepBatches
+from flaxcompress.train import Classification, fit
 
 SIZES = {"vocabulary": 30, "width": 12, "layers": 2, "heads": 2, "feed_forward_width": 16, "positions": 12}
 IDS = np.array([[3, 4, 5, 6], [7, 8, 9, 0]])
@@ -203,38 +204,33 @@ def test_a_new_head_is_dense_on_a_quantized_body():
 # ── a frozen body ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def classification_loss(config, params, constants, batch):
-    ids, labels = batch
-    logits = run(params, config, jnp.float32, ids).logits
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 def test_only_the_head_is_trained():
     model = fc.with_head(body(), "sequence_classification", classes=2, key=KEY)
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 30, (8, 6))
-    labels = ids[:, 1] % 2
+    batch = {"input_ids": ids, "labels": (ids[:, 1] % 2).astype(np.int32)}
     losses = []
-    trained = train(
-        model.params,
-        functools.partial(classification_loss, model.config),
-        None,
-        lambda step: (ids, labels),
+    after = fit(
+        model,
+        Classification(dropout=False),
+        StepBatches(lambda step: batch),
         optimizer=optax.adam(0.05),
+        key=KEY,
         steps=30,
         trainable="head/.*",
-        on_loss=lambda step, loss: losses.append(loss),
+        watch=lambda step, values: losses.append(values["loss"]),
     )
-    after = model.replace(params=trained)
     same_body(after, model)  # bit for bit
-    for address, node in tree.flatten(trained).items():
+    for address, node in tree.flatten(after.params).items():
         if address.startswith("head/"):
             assert not np.array_equal(node, tree.flatten(model.params)[address]), address
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_pattern_that_parts_a_stack_is_refused():
-    step = functools.partial(train, body().params, None, None, None, optimizer=optax.sgd(1.0), steps=0)
+    step = functools.partial(
+        fit, body(), Classification(), StepBatches(lambda step: {}), optimizer=optax.sgd(1.0), steps=1, key=KEY
+    )
     with pytest.raises(ValueError, match="matches some weight sets of a stack of layers, but not all"):
         step(trainable="layers/1/.*")
     with pytest.raises(ValueError, match=r"trainable: 'haed/.\*' matches no parameter"):

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import ModelConfig
+from flaxcompress.data.batches import StepBatches
 from flaxcompress.data.stream import FragmentStream
-from flaxcompress.encoding import compute_dtype, pool
 from flaxcompress.model import Model
-from flaxcompress.nn import Transformer
 from flaxcompress.nn.remat import check_remat
-from flaxcompress.text import Pooling
-from flaxcompress.train import Rates, freeze_model, make_optimizer, thaw_model, train
-from flaxcompress.train.objectives import cosine_loss, hidden_loss, logits_loss
+from flaxcompress.train import Distill, Memory, Rates, fit, make_optimizer
 
 
 @register_step
@@ -83,11 +79,6 @@ class Heal(Step):
         if self.steps == 0:
             return model
         teacher = context.original
-        if teacher.config.width != model.config.width or teacher.config.layers != model.config.layers:
-            raise ValueError(
-                f"Heal: the original is {teacher.config.layers} layers of width {teacher.config.width}, the compressed "
-                f"model {model.config.layers} of {model.config.width}: hidden states cannot be compared"
-            )
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
         stream = FragmentStream(
             context.need(self).rows,
@@ -103,61 +94,31 @@ class Heal(Step):
             clip=self.clip,
             weight_decay=self.weight_decay,
         )
-        loss = functools.partial(
-            distillation_loss,
-            student=model.config,
-            teacher=teacher.config,
-            pooling=teacher.assets.pooling or Pooling(),
-            step=self,
-        )
-        trained = train(
-            thaw_model(model, teacher),
-            loss,
-            teacher.params,
-            stream,
-            optimizer=optimizer,
+        losses = context.healing
+
+        def watch(done: int, values: Mapping[str, float]) -> None:
+            losses.append({"step": done, "loss": values["loss"]})
+
+        def recall(kept: dict[str, Any]) -> None:
+            losses[:] = [{"step": number + 1, "loss": value} for number, value in enumerate(kept["losses"])]
+
+        def batch(number: int) -> dict[str, Any]:
+            ids, mask = stream(number)
+            return {"input_ids": ids, "attention_mask": mask}
+
+        return fit(
+            model,
+            Distill(teacher=teacher, cosine=self.cosine, hidden=self.hidden, logits=self.logits),
+            StepBatches(batch),
             steps=self.steps,
-            checkpoints=None if context.work is None else context.work / "heal",
+            key=key,
+            out=None if context.work is None else context.work / "heal",
+            optimizer=optimizer,
+            original=teacher,
+            remat=self.remat,
             save_every=self.save_every,
+            watch=watch,
+            memory=Memory(lambda: {"losses": [entry["loss"] for entry in losses]}, recall),
             label="healing",
             progress=context.progress,
-            on_loss=lambda number, value: context.healing.append({"step": number + 1, "loss": value}),
         )
-        return freeze_model(trained, model)
-
-
-def distillation_loss(
-    params: Any,
-    teacher_params: Any,
-    batch: Any,
-    *,
-    student: ModelConfig,
-    teacher: ModelConfig,
-    pooling: Pooling,
-    step: Heal,
-) -> jax.Array:
-    """The weighted sum of `Heal`'s loss terms on one batch (ids, mask)."""
-    ids, mask = batch
-    mask = jnp.asarray(mask)
-    dtype = compute_dtype()
-    with_logits = step.logits > 0 and all(c.head in ("masked_lm", "pretraining") for c in (student, teacher))
-
-    def run(config: ModelConfig, values: Any, remat: str = "none") -> Any:
-        need = {"need_hidden_states": True, "need_logits": with_logits, "remat": remat}
-        return Transformer(config, dtype).apply({"params": values}, ids, mask, **need)
-
-    s = run(student, params, step.remat)
-    t = jax.lax.stop_gradient(run(teacher, teacher_params))
-    total = jnp.zeros(())
-    if step.cosine:
-        total += step.cosine * cosine_loss(
-            pool(s.last_hidden_state, mask, pooling), pool(t.last_hidden_state, mask, pooling), mask.any(1)
-        )
-    if step.hidden:
-        total += step.hidden * hidden_loss(
-            s.hidden_states[1:].astype(jnp.float32), t.hidden_states[1:].astype(jnp.float32), mask
-        )
-    if with_logits:
-        ours, theirs = (getattr(out.logits, "masked_lm", out.logits) for out in (s, t))
-        total += step.logits * logits_loss(ours, theirs, mask)
-    return total

@@ -1,0 +1,25 @@
+"""Objectives: what a training run minimises. A new one is one file and one line here."""
+
+from flaxcompress.train.objectives.base import IGNORED, Objective, Program, Run, Term, Terms, cross_entropy, mean_of
+from flaxcompress.train.objectives.classification import Classification
+from flaxcompress.train.objectives.distillation import Distill, cosine_term, hidden_term, logits_term
+from flaxcompress.train.objectives.language import NextToken
+from flaxcompress.train.objectives.masked_lm import MaskedLM
+
+__all__ = [
+    "IGNORED",
+    "Classification",
+    "Distill",
+    "MaskedLM",
+    "NextToken",
+    "Objective",
+    "Program",
+    "Run",
+    "Term",
+    "Terms",
+    "cosine_term",
+    "cross_entropy",
+    "hidden_term",
+    "logits_term",
+    "mean_of",
+]
