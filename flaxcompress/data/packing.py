@@ -45,13 +45,14 @@ def pack_lengths(lengths: Int[np.ndarray, " n"], limit: int) -> list[tuple[int, 
         while count and (place := bisect.bisect_left(rooms, size)) < len(rooms):
             room = rooms[place]
             row, many = rows[room].popitem()
-            used = min(many, count)
+            each = min(room // size, count)  # the row just added to is the fullest, while it has room
+            used = min(many, count // each)
             if many > used:
                 rows[room][row] = many - used
             if not rows[room]:
                 del rows[room], rooms[place]
-            put(room - size, (*row, size), used)
-            count -= used
+            put(room - each * size, (*row, *(size,) * each), used)
+            count -= each * used
         each = limit // size  # rows of this length alone
         if count >= each:
             put(limit - each * size, (size,) * each, count // each)
