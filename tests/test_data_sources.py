@@ -105,6 +105,7 @@ def test_more_corrupt_lines_than_the_limit(tmp_path, caplog):
         ("a.txt", b"\n \n", "holds no text"),
         ("a.txt", b"\xff\n", "holds no text; .*line 1: not valid UTF-8"),
         ("a.jsonl", b"\n", "holds no text"),
+        ("a.tsv", b"te\xffxt\none\ntwo\n", "line 1: not valid UTF-8"),  # a header is not skipped
         ("a.csv", b"a,b\n", "csv files are not read"),
         ("a.parquet", b"PAR1 but no more", "damaged or no parquet file"),
         ("a.txt.gz", None, "after line 1000: damaged gzip"),

@@ -176,7 +176,13 @@ def _records(path: Path, bad: Bad = refuse) -> Iterator[Record]:
         yield from read_parquet(path)
         return
     header: list[str] | None = None
-    for number, line in _lines(path, bad):
+
+    def skip(error: ValueError) -> None:
+        if kind == "tsv" and header is None:
+            raise error  # without its header a table cannot be read
+        bad(error)
+
+    for number, line in _lines(path, skip):
         if not line.strip():
             continue
         try:
@@ -188,7 +194,7 @@ def _records(path: Path, bad: Bad = refuse) -> Iterator[Record]:
             else:
                 record = _row(path, number, line, header)
         except ValueError as error:
-            bad(error)
+            skip(error)
             continue
         yield number, record
 
