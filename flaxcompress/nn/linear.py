@@ -14,7 +14,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import materialize, matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
 from flaxcompress.nn.initializer import kernel_initializer
-from flaxcompress.nn.logical import is_cut_by_model, named, put_together
+from flaxcompress.nn.logical import model_cuts, named, put_together
 
 DELTAS = "deltas"  # the collection in which a layer's linear maps find their low-rank deltas
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
@@ -86,25 +86,34 @@ class Linear(nn.Module):
 def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:
     """Applies several linear maps to one input: in a single product when all their kernels are dense arrays.
 
-    One token per sequence, as in decoding, is not worth putting the kernels together for; where devices hold columns of
-    each kernel, columns would have to move between them.
+    One token per sequence, as in decoding, is not worth putting the kernels together for. Where devices hold columns of
+    each kernel, a device's columns of all of them come next to each other, so that none has to move.
     """
-    dense = all(isinstance(linear.kernel, jax.Array) for linear in linears)
-    if x.shape[-2] == 1 or is_cut_by_model() or not dense:
+    dense, cuts = all(isinstance(linear.kernel, jax.Array) for linear in linears), model_cuts()
+    if x.shape[-2] == 1 or not dense or any(linear.features % cuts for linear in linears):
         return [linear(x) for linear in linears]
     for linear in linears:
         linear.record(x)
     kernels = [linear.used_kernel(x.dtype) for linear in linears]
-    y = dot(x, named(jnp.concatenate(kernels, axis=1)), 0)
+    y = dot(x, named(_beside(kernels, cuts)), 0)
     biases = [linear.bias for linear in linears]
     if any(bias is not None for bias in biases):
         filled = [
             jnp.zeros(linear.features) if bias is None else bias for linear, bias in zip(linears, biases, strict=True)
         ]
-        y = y + jnp.concatenate(filled).astype(x.dtype)
+        y = y + _beside(filled, cuts).astype(x.dtype)
     ends, total = [], 0
     for linear in linears[:-1]:
-        total += linear.features
+        total += linear.features // cuts
         ends.append(total)
-    parts = jnp.split(y, ends, axis=-1)
+    parts = jnp.split(y.reshape(*y.shape[:-1], cuts, -1) if cuts > 1 else y, ends, axis=-1)
+    parts = [part.reshape(*y.shape[:-1], -1) for part in parts] if cuts > 1 else parts
     return [linear.adapted(x, part) for linear, part in zip(linears, parts, strict=True)]
+
+
+def _beside(arrays: Sequence[Float[Array, "*B m"]], cuts: int) -> Float[Array, "*B M"]:
+    """Arrays side by side, the first of `cuts` stretches of each, then the second of each, …"""
+    if cuts == 1:
+        return jnp.concatenate(arrays, axis=-1)
+    cut = [array.reshape(*array.shape[:-1], cuts, -1) for array in arrays]
+    return jnp.concatenate(cut, axis=-1).reshape(*arrays[0].shape[:-1], -1)

@@ -128,9 +128,9 @@ def constrain(x: Any, *axes: str | None) -> Any:
     return jax.lax.with_sharding_constraint(x, cut(axes, x.shape, sizes))
 
 
-def is_cut_by_model() -> bool:
-    """Whether matrices may be cut by columns, so that putting them beside each other would move them."""
-    return _mesh_sizes().get("model", 1) > 1
+def model_cuts() -> int:
+    """Into how many stretches the columns of heads and feed-forward widths are cut."""
+    return _mesh_sizes().get("model", 1)
 
 
 def is_cut_by_fsdp() -> bool:
