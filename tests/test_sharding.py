@@ -23,7 +23,7 @@ from flaxcompress import tree
 from flaxcompress.families import FAMILIES
 from flaxcompress.formats import base, spec_for
 from flaxcompress.model import abstract_flat
-from flaxcompress.nn.logical import cut, weight_axes
+from flaxcompress.nn.logical import WEIGHT_RULES, cut, weight_axes
 from flaxcompress.train.mesh import AXES, describe, parse_mesh
 from flaxcompress.train.sharding import batch_shardings, param_shardings, state_shardings, within
 
@@ -126,6 +126,11 @@ def test_widths_that_the_mesh_does_not_divide_are_refused():
 
 
 # ── rules ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_matrix_of_odd_rank_is_cut_by_its_other_dimension():
+    assert cut(("rank", "mlp"), (5, 8), {"model": 2, "fsdp": 2}, WEIGHT_RULES) == P(None, ("model", "fsdp"))
+    assert cut(("rank", "mlp"), (6, 8), {"model": 2, "fsdp": 2}, WEIGHT_RULES) == P("fsdp", "model")
 
 
 @pytest.mark.parametrize(

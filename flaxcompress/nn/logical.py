@@ -37,6 +37,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("length", ("sequence",)),
     ("logit_length", ("sequence", "model")),  # "model" where it does not divide the vocabulary
 )
+# A matrix that "fsdp" could not cut so, for example because of an odd rank, is cut by it wherever it divides.
+WEIGHT_RULES = RULES + tuple((name, ("fsdp",)) for name in ("mlp", "heads", "kv_heads", "vocab"))
 
 # (rows, columns) of a linear map in a layer, by its name, and of matrices elsewhere, by a pattern of their addresses.
 _MAPS: dict[str, tuple[str | None, str | None]] = {
@@ -93,7 +95,7 @@ def cut(
     used: set[str] = set()
     for logical, candidates in rules:
         for number, name in enumerate(axes):
-            if name != logical or name in whole or found[number]:
+            if name != logical or name in whole:
                 continue
             for axis in candidates:
                 parts = math.prod(sizes[a] for a in found[number]) * sizes.get(axis, 1)
@@ -111,7 +113,8 @@ def weight_specs(config: ModelConfig, address: str, node: Any, sizes: Mapping[st
     """
     whole = ("kv_heads",) if config.groups % sizes.get("model", 1) else ()
     axes = weight_axes(address, node)
-    return jax.tree.map(lambda leaf, names: cut(names, leaf.shape, sizes, whole=whole), node, axes)
+    rules = lambda names: RULES if len(names) < 2 else WEIGHT_RULES  # noqa: E731
+    return jax.tree.map(lambda leaf, names: cut(names, leaf.shape, sizes, rules(names), whole), node, axes)
 
 
 def _mesh_sizes() -> dict[str, int]:
