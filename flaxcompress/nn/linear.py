@@ -14,7 +14,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import materialize, matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
 from flaxcompress.nn.initializer import kernel_initializer
-from flaxcompress.nn.logical import model_cuts, named, put_together
+from flaxcompress.nn.logical import model_cuts, multiplied, put_together
 
 DELTAS = "deltas"  # the collection in which a layer's linear maps find their low-rank deltas
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
@@ -63,12 +63,12 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
-        y = matmul(x, self.used_kernel(x.dtype))
+        y = multiplied(lambda x, kernel: matmul(x, self.used(kernel, x.dtype)), x, self.kernel)
         return self.adapted(x, y if self.bias is None else y + self.bias.astype(x.dtype))
 
-    def used_kernel(self, dtype: Any) -> Any:
+    def used(self, kernel: Any, dtype: Any) -> Any:
         """The kernel as products in `dtype` need it (see `put_together`)."""
-        return put_together(self.config, f"{self.address}/kernel", self.kernel, dtype)
+        return put_together(self.config, f"{self.address}/kernel", kernel, dtype)
 
     def matrix(self) -> Float[Array, "n m"]:
         """The dense matrix that the map multiplies by, its delta included, float32."""
@@ -94,8 +94,12 @@ def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list
         return [linear(x) for linear in linears]
     for linear in linears:
         linear.record(x)
-    kernels = [linear.used_kernel(x.dtype) for linear in linears]
-    y = dot(x, named(_beside(kernels, cuts)), 0)
+
+    def product(x: Any, kernels: Any) -> Any:
+        used = [linear.used(kernel, x.dtype) for linear, kernel in zip(linears, kernels, strict=True)]
+        return dot(x, _beside(used, cuts), 0)
+
+    y = multiplied(product, x, [linear.kernel for linear in linears])
     biases = [linear.bias for linear in linears]
     if any(bias is not None for bias in biases):
         filled = [

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from flaxcompress import formats, tree
 from flaxcompress.config import ModelConfig
 
-GATHERED = "gathered"
 BATCH = ("dcn", "data", "fsdp")  # the mesh axes that examples are cut along
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH),
@@ -118,9 +116,9 @@ def weight_specs(config: ModelConfig, address: str, node: Any, sizes: Mapping[st
 
 
 def _mesh_sizes() -> dict[str, int]:
-    """The sizes of the mesh's axes where rules are in force (see `train/sharding.py`), else nothing."""
+    """The sizes of the mesh's axes where our rules are in force (see `train/sharding.py`), else nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty or not nn.get_logical_axis_rules() else dict(mesh.shape)
+    return {} if mesh.empty or nn.get_logical_axis_rules() != RULES else dict(mesh.shape)
 
 
 def constrain(x: Any, *axes: str | None) -> Any:
@@ -144,32 +142,32 @@ def is_cut_by_fsdp() -> bool:
 def put_together(config: ModelConfig, address: str, node: Any, dtype: Any = None) -> Any:
     """The matrix at `address` as it is used: whole, but for its cuts along "model"; `node` itself without a mesh.
 
-    Left to itself, GSPMD may move activations to the weights' cuts instead. The values have a name, `GATHERED`, by
-    which a gradient knows that it should not keep them (see `nn/remat.py`).
+    Left to itself, GSPMD may move activations to the weights' cuts instead.
 
     Args:
       dtype: what it is multiplied in, so that half the bytes travel; None leaves it alone.
     """
     if not is_cut_by_fsdp():
         return node
-    if dtype is not None:
-        node = formats.map_parts(
-            node, lambda part, _: part.astype(dtype) if isinstance(part, jax.Array) else part, table=False
-        )
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), node)
     in_layer = tree.place(address) is not None
     specs = weight_specs(config, address, stacked if in_layer else node, {**_mesh_sizes(), "fsdp": 1})
+    cast = lambda part, _: part if dtype is None or not isinstance(part, jax.Array) else part.astype(dtype)  # noqa: E731
 
     def whole(leaf: Any, spec: PartitionSpec) -> Any:
-        spec = PartitionSpec(*spec[1:]) if in_layer else spec
-        return named(jax.lax.with_sharding_constraint(leaf, spec))
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec[1:]) if in_layer else spec)
 
-    return jax.tree.map(whole, node, specs)
+    return jax.tree.map(whole, formats.map_parts(node, cast, table=False), specs)
 
 
-def named(x: Any) -> Any:
-    """x with the name `GATHERED` where it was put together for use."""
-    return checkpoint_name(x, GATHERED) if is_cut_by_fsdp() else x
+def multiplied(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` of x and weights, which it puts together: a gradient does that again instead of keeping them.
+
+    All layers' at once would be a whole model on every device. What is multiplied is kept, as without a mesh.
+    """
+    if not is_cut_by_fsdp():
+        return function(*arguments)
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_saveable)(*arguments)
 
 
 def part_put_together(config: ModelConfig, at: str, weights: Any) -> Any:
