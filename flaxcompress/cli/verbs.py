@@ -10,6 +10,7 @@ from flaxcompress.cli.evaluate import Evaluate
 from flaxcompress.cli.export import Export
 from flaxcompress.cli.generate import Generate
 from flaxcompress.cli.inspect import Inspect
+from flaxcompress.cli.plan import Plan
 
 VERBS: dict[str, type[Verb]] = {
     "inspect": Inspect,
@@ -19,4 +20,5 @@ VERBS: dict[str, type[Verb]] = {
     "generate": Generate,
     "bench": Bench,
     "export": Export,
+    "plan": Plan,
 }

@@ -14,6 +14,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import materialize, matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
 from flaxcompress.nn.initializer import kernel_initializer
+from flaxcompress.nn.logical import model_cuts, multiplied, put_together
 
 DELTAS = "deltas"  # the collection in which a layer's linear maps find their low-rank deltas
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
@@ -62,8 +63,12 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
-        y = matmul(x, self.kernel)
+        y = multiplied(lambda x, kernel: matmul(x, self.used(kernel, x.dtype)), x, self.kernel)
         return self.adapted(x, y if self.bias is None else y + self.bias.astype(x.dtype))
+
+    def used(self, kernel: Any, dtype: Any) -> Any:
+        """The kernel as products in `dtype` need it (see `put_together`)."""
+        return put_together(self.config, f"{self.address}/kernel", kernel, dtype)
 
     def matrix(self) -> Float[Array, "n m"]:
         """The dense matrix that the map multiplies by, its delta included, float32."""
@@ -81,23 +86,38 @@ class Linear(nn.Module):
 def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:
     """Applies several linear maps to one input: in a single product when all their kernels are dense arrays.
 
-    One token per sequence, as in decoding, is not worth putting the kernels together for.
+    One token per sequence, as in decoding, is not worth putting the kernels together for. Where devices hold columns of
+    each kernel, a device's columns of all of them come next to each other, so that none has to move.
     """
-    kernels = [linear.kernel for linear in linears]
-    if x.shape[-2] == 1 or not all(isinstance(kernel, jax.Array) for kernel in kernels):
+    dense, cuts = all(isinstance(linear.kernel, jax.Array) for linear in linears), model_cuts()
+    if x.shape[-2] == 1 or not dense or any(linear.features % cuts for linear in linears):
         return [linear(x) for linear in linears]
     for linear in linears:
         linear.record(x)
-    y = dot(x, jnp.concatenate(kernels, axis=1), 0)
+
+    def product(x: Any, kernels: Any) -> Any:
+        used = [linear.used(kernel, x.dtype) for linear, kernel in zip(linears, kernels, strict=True)]
+        return dot(x, _beside(used, cuts), 0)
+
+    y = multiplied(product, x, [linear.kernel for linear in linears])
     biases = [linear.bias for linear in linears]
     if any(bias is not None for bias in biases):
         filled = [
             jnp.zeros(linear.features) if bias is None else bias for linear, bias in zip(linears, biases, strict=True)
         ]
-        y = y + jnp.concatenate(filled).astype(x.dtype)
+        y = y + _beside(filled, cuts).astype(x.dtype)
     ends, total = [], 0
     for linear in linears[:-1]:
-        total += linear.features
+        total += linear.features // cuts
         ends.append(total)
-    parts = jnp.split(y, ends, axis=-1)
+    parts = jnp.split(y.reshape(*y.shape[:-1], cuts, -1) if cuts > 1 else y, ends, axis=-1)
+    parts = [part.reshape(*y.shape[:-1], -1) for part in parts] if cuts > 1 else parts
     return [linear.adapted(x, part) for linear, part in zip(linears, parts, strict=True)]
+
+
+def _beside(arrays: Sequence[Float[Array, "*B m"]], cuts: int) -> Float[Array, "*B M"]:
+    """Arrays side by side, the first of `cuts` stretches of each, then the second of each, …"""
+    if cuts == 1:
+        return jnp.concatenate(arrays, axis=-1)
+    cut = [array.reshape(*array.shape[:-1], cuts, -1) for array in arrays]
+    return jnp.concatenate(cut, axis=-1).reshape(*arrays[0].shape[:-1], -1)

@@ -1,0 +1,126 @@
+"""Do large models train on 256 chips, and what travels between them: read from the compiled step, without a TPU?
+
+ALBERT-xxlarge (12 layers that share one block) and a Llama of 7B shape whose kernels are in low rank, at 0.6 of their
+parameters, on TPU v5e 16×16; both again on 512 devices that the CPU pretends to have. Of every program: memory of a
+chip, collectives, products, the roofline, and which weights are gathered over which axes, how often.
+
+Command (libtpu is needed for v5e: pip install "jax[tpu]==0.10.2" beside the project; no TPU is):
+
+    python experiments/plan_topologies.py --json experiments/plan_topologies.json
+
+RESULTS
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CASES = {  # name: (model, topology, mesh, batch, length, remat)
+    "albert-xxlarge, data": ("albert-xxlarge", "v5e:16x16", "data=64,model=4", 4096, 512, "full"),
+    "albert-xxlarge, fsdp": ("albert-xxlarge", "v5e:16x16", "fsdp=64,model=4", 4096, 512, "full"),
+    "llama-7b low-rank 0.6, fsdp": ("llama-7b", "v5e:16x16", "fsdp=64,model=4", 256, 2048, "full"),
+    "llama-7b low-rank 0.6, data": ("llama-7b", "v5e:16x16", "data=64,model=4", 256, 2048, "full"),
+    "albert-xxlarge, 512 devices": ("albert-xxlarge", "cpu:512", "data=4,fsdp=32,model=4", 8192, 512, "full"),
+    "llama-7b low-rank 0.6, 512 devices": ("llama-7b", "cpu:512", "data=4,fsdp=32,model=4", 512, 2048, "full"),
+}
+# 0.6 of the values of 4096×4096 and of 4096×11008, to the nearest multiple of 64, so that meshes divide the ranks.
+SQUARE, WIDE = 1216, 1792
+LLAMA = {  # the shape of Llama 2 7B (Touvron et al. 2023)
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def config_of(model: str) -> Any:
+    from flaxcompress import LowRank
+    from flaxcompress.families import FAMILIES
+    from flaxcompress.train.architectures import architecture
+
+    if model == "llama-7b":
+        plain = FAMILIES["llama"].read_config(LLAMA)
+        wide = LowRank(pattern=r"layers/\d+/feed_forward/.*/kernel", rank=WIDE).plan(plain)
+        return LowRank(pattern=r"layers/\d+/attention/.*/kernel", rank=SQUARE).plan(wide)
+    return architecture(model, head="pretraining", classes=2)
+
+
+def gathers(found: Any, config: Any) -> list[dict[str, Any]]:
+    """The all-gathers whose result has the shape of a weight, whole or a device's part by "model": where and how often.
+
+    Stacked layers count as one weight each and as the stack.
+    """
+    import jax
+
+    from flaxcompress import tree
+    from flaxcompress.train.hlo import Program, result_shapes, spanned
+    from flaxcompress.train.plan import abstract_params
+
+    cuts, shapes = found.mesh.get("model", 1), {}
+    for address, node in tree.View(abstract_params(config)).items():
+        for leaf in jax.tree.leaves(node):
+            if len(leaf.shape) == 2:
+                n, m = leaf.shape
+                for shape in ((n, m), (n // cuts, m), (n, m // cuts)):
+                    shapes.setdefault(tuple(sorted(shape)), address)
+    axes = {name: found.mesh.get(name, 1) for name in ("dcn", "data", "fsdp", "sequence", "model")}
+    totals: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for each, kind, _, turns, _ in Program(found.program).each_collective():
+        over = spanned(each.attributes, axes)[0] if kind == "all-gather" else ()
+        for dims in result_shapes(each) if over else ():
+            plain = tuple(sorted(d for d in dims if d > 1))
+            if plain in shapes:
+                entry = totals.setdefault((over, plain, turns > 1), {"over": list(over), "shape": list(plain)})
+                entry |= {"in_loops": turns > 1, "count": entry.get("count", 0) + turns, "like": shapes[plain]}
+    return list(totals.values())
+
+
+def measure(name: str) -> dict[str, Any]:
+    from flaxcompress.train.chips import pretend_devices
+    from flaxcompress.train.mesh import parse_mesh
+    from flaxcompress.train.plan import plan
+
+    model, topology, mesh, batch, length, remat = CASES[name]
+    pretend_devices(topology)
+    config = config_of(model)
+    sizes = {"batch_size": batch, "length": length, "remat": remat, "suggest": False}
+    found = plan(config, topology=topology, mesh=parse_mesh(mesh), **sizes)
+    return {"case": name, "model": model, **found.to_json(), "weights_gathered": gathers(found, config)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, help="one of them alone, as JSON on standard output")
+    parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--json", type=Path, help="where the figures go; cases that are not measured anew stay in it")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(arguments.case)))
+        return
+    before = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    known = {entry["case"]: entry for entry in before}
+    for name in arguments.only:  # in processes of their own: JAX counts its devices once
+        run = subprocess.run([sys.executable, __file__, "--case", name], capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"{name}: {run.stderr[-3000:]}")
+        known[name] = json.loads(run.stdout.splitlines()[-1])
+        print(name, json.dumps({k: v for k, v in known[name].items() if k not in ("collectives", "case")}), flush=True)
+        if arguments.json:
+            ordered = [known[case] for case in CASES if case in known]
+            arguments.json.write_text(json.dumps(ordered, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
