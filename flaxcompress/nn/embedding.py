@@ -61,8 +61,12 @@ class Embedding(nn.Module):
         deterministic: bool = True,
         vectors: Float[Array, "B T E"] | None = None,
         features: Integer[Array, "B T"] | None = None,
+        first: Integer[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """`positions` are 0, 1, 2, … when not given; `features` (see `Lexicon`) 0."""
+        """`positions` are 0, 1, 2, … when not given; `features` (see `Lexicon`) 0.
+
+        `first` is where in its row a token's document begins, where there are several.
+        """
         config = self.config
         x = take(self.token, ids) if vectors is None else vectors
         x = x if config.embedding_scale == 1.0 else x * config.embedding_scale
@@ -70,7 +74,10 @@ class Embedding(nn.Module):
             places = jnp.arange(ids.shape[1]) if positions is None else positions
             if config.position_offset:
                 real = ids != config.pad_token
-                places = jnp.where(real, jnp.cumsum(real, axis=1), 0) + config.position_offset - 1
+                count = jnp.cumsum(real, axis=1)
+                if first is not None:
+                    count = count - jnp.take_along_axis(count - real, first, axis=1)
+                places = jnp.where(real, count, 0) + config.position_offset - 1
             learned = config.position_embedding == "learned"
             x = x + (take(self.position, places) if learned else sinusoids(places, config.table_width))
         if self.segment is not None:

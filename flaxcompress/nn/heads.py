@@ -184,6 +184,8 @@ HEADS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "token_classification": TokenClassification,
     "span": TokenClassification,
 }
+# Those whose logits of a token depend on that token's vector alone ("pretraining": its masked LM).
+BY_TOKEN = ("masked_lm", "pretraining", "replaced_token", "causal_lm", "seq2seq_lm", "token_classification", "span")
 
 
 class FunctionHead(nn.Module):

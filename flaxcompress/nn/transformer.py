@@ -17,9 +17,10 @@ from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.cache import Cache, seen, slots_of
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.embedding import Embedding
-from flaxcompress.nn.heads import HEADS, HeadInputs, Pooler
+from flaxcompress.nn.heads import BY_TOKEN, HEADS, HeadInputs, Pooler
 from flaxcompress.nn.image_embedding import ImageEmbedding
 from flaxcompress.nn.linformer import SequenceProjection, shares_one
+from flaxcompress.nn.packs import check_packs, first_places, same_document
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
 from flaxcompress.ops import both, frequencies, rotation, sight
@@ -53,7 +54,11 @@ class Transformer(nn.Module):
     """[B, T] token ids -> `TransformerOutput`; computes in `dtype`, norms and softmax in float32.
 
     With a decoder, `ids` are the encoder's; the decoder's make it run too. With `last_logits` a language-modelling head
-    sees the last token only. `remat` ("none", "full" or "dots") trades a gradient's memory for time (`nn/remat.py`).
+    sees the last token only, with `label_positions` those places of every row alone: it is the dearest part of a step.
+    `remat` ("none", "full" or "dots") trades a gradient's memory for time (`nn/remat.py`).
+
+    `packs` number the documents of each row 1, 2, …, 0 is padding: tokens see their own document alone, whose positions
+    begin at 0. What is read of a row's first token, the pooled output, is then that of its first document.
 
     Attributes:
       prefix: what the addresses begin with: "" or "decoder/".
@@ -99,12 +104,17 @@ class Transformer(nn.Module):
         vectors: Float[Array, "B T D"] | None = None,
         remat: str = "none",
         features: Integer[Array, "B S"] | None = None,
+        packs: Integer[Array, "B S"] | None = None,
+        label_positions: Integer[Array, "B M"] | None = None,
     ) -> TransformerOutput:
         config = self.config
         need = {"deterministic": deterministic, "need_hidden_states": need_hidden_states, "record": record}
         need |= {"need_attentions": need_attentions, "remat": remat}
+        if packs is not None:
+            check_packs(config, attention_mask=mask, cache=cache)
         if config.decoder is None:
-            out = self.body(ids, mask, segments, cache=cache, vectors=vectors, features=features, **need)
+            more = {"vectors": vectors, "features": features, "packs": packs}
+            out = self.body(ids, mask, segments, cache=cache, **more, **need)
         else:
             out = None if ids is None else self.body(ids, mask, segments, vectors=vectors, features=features, **need)
             if self.is_initializing() and decoder_ids is None:
@@ -120,6 +130,8 @@ class Transformer(nn.Module):
             return out
         x, tokens = out.last_hidden_state, (ids, mask) if config.decoder is None else (decoder_ids, decoder_mask)
         given = HeadInputs(None if config.patches is not None else self.embedding.token, out.pooled, *tokens)
+        if label_positions is not None:
+            x = at_places(x, label_positions, config)
         return out._replace(logits=self.head(x[:, -1:] if last_logits else x, given))
 
     def body(
@@ -132,6 +144,7 @@ class Transformer(nn.Module):
         vectors: Float[Array, "B T E"] | None = None,
         features: Integer[Array, "B T"] | None = None,
         memory: Memory | None = None,
+        packs: Integer[Array, "B T"] | None = None,
         deterministic: bool = True,
         need_hidden_states: bool = False,
         need_attentions: bool = False,
@@ -141,7 +154,7 @@ class Transformer(nn.Module):
         """Embeddings, layers, final norm and pooler."""
         config = self.config
         more = {"deterministic": deterministic, "vectors": vectors, "features": features, "memory": memory}
-        x, context, after = self.start(ids, mask, segments, cache, **more)
+        x, context, after = self.start(ids, mask, segments, cache, packs=packs, **more)
         out = self.layers(
             x,
             context,
@@ -169,21 +182,27 @@ class Transformer(nn.Module):
         vectors: Float[Array, "B T E"] | None = None,
         features: Integer[Array, "B T"] | None = None,
         memory: Memory | None = None,
+        packs: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Context, Cache | None]:
         """What the first layer gets, what all layers see beside it, and the cache's bookkeeping after these tokens.
 
         `ids` are pixels [B, C, height, width] in a model of images. A decoder's `memory` is left out where the cache
         has its keys and values.
 
-        Positions count the tokens that are not padding where there is a cache, and all tokens where there is none.
+        Positions count the tokens that are not padding where there is a cache, and all tokens where there is none; in
+        packed rows those of the document.
         """
         config = self.config
         if config.patches is not None:
             x = self.embedding(ids, deterministic=deterministic)
             return x, Context(sequence=self.sequence(x.shape[1]) if shares_one(config) else None), None
         length = ids.shape[1]
-        positions, after, slots = None, None, None
-        if cache is None:
+        positions, after, slots, first = None, None, None, None
+        if packs is not None:
+            mask, first = packs > 0, first_places(packs)
+            positions = jnp.arange(length) - first
+            real, places, queries = same_document(packs), jnp.arange(length), jnp.arange(length)
+        elif cache is None:
             real, places, queries = mask, jnp.arange(length), jnp.arange(length)
         else:
             mask = jnp.ones(ids.shape, bool) if mask is None else mask
@@ -191,7 +210,7 @@ class Transformer(nn.Module):
             slots, queries = slots_of(cache, length), cache.length + jnp.arange(length)
             real, places, after = seen(cache, config, mask, slots)
         more = {"deterministic": deterministic, "vectors": vectors, "features": features}
-        x = self.embedding(ids, segments, positions=positions, **more)
+        x = self.embedding(ids, segments, positions=positions, first=first, **more)
         wide, near = real, None
         if config.causal or config.window:
             wide = both(real, sight(queries, places, causal=config.causal))
@@ -215,6 +234,16 @@ class Transformer(nn.Module):
         elif cache is not None:
             context = context._replace(memory_mask=cache.memory_mask)
         return x, context, after
+
+
+def at_places(x: Float[Array, "B T D"], places: Integer[Array, "B M"], config: ModelConfig) -> Float[Array, "B M D"]:
+    """Some of every row's vectors. Raises ValueError for a head that does not read tokens one by one."""
+    if config.head not in BY_TOKEN:
+        raise ValueError(
+            f"label_positions: the head {config.head!r} reads whole sequences; known to read tokens: "
+            f"{', '.join(BY_TOKEN)}"
+        )
+    return jnp.take_along_axis(x, places[..., None], axis=1, mode="clip")
 
 
 def run(params: Any, config: ModelConfig, dtype: Any, *inputs: Any, **options: Any) -> TransformerOutput:
