@@ -89,7 +89,7 @@ BAD_TEXTS = [
     ("a.jsonl", b'["one"]\n', None, "line 1: a JSON object is expected"),
     ("a.jsonl", b'{"text": 3}\n', None, "line 1: 'text' is int, not text"),
     ("a.jsonl", b"[" * 200_000, None, "line 1: JSON nested too deeply"),
-    ("a.txt", b"one\n", "text", "only .tsv and .jsonl files have columns"),
+    ("a.txt", b"one\n", "text", "only .tsv, .jsonl and .parquet files have columns"),
     ("a.csv", b"text\none\n", None, ".csv files are not read; convert to"),
 ]
 

@@ -1,4 +1,4 @@
-"""Texts from files: txt, tsv and jsonl, plain or gzip, read as a stream with errors that name the line."""
+"""Texts from files: txt, tsv and jsonl, plain or gzip, and parquet, read as a stream with errors that name the line."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flaxcompress.config import closest
+from flaxcompress.data.parquet import read_parquet
 
 Pair = tuple[str, str, float]
-_TABLES = {".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-_REFUSED = (".csv", ".json", ".parquet", ".arrow", ".zip", ".xz", ".bz2", ".zst")
+Record = tuple[int, Mapping[str, Any]]  # the number of a line, or of a row, and its values by column
+Bad = Callable[[ValueError], None]  # what becomes of a line that cannot be read; it is skipped where this returns
+_TABLES = {".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_REFUSED = (".csv", ".json", ".arrow", ".zip", ".xz", ".bz2", ".zst")
 _DEFAULT_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"))
 _LOOK_AHEAD = 50  # rows looked at to find the column that holds text
+
+
+def refuse(error: ValueError) -> None:
+    """A `Bad` that raises at the first line that cannot be read."""
+    raise error
 
 
 def parse_source(source: str | Path) -> tuple[Path, str | None]:
@@ -36,11 +44,12 @@ def parse_source(source: str | Path) -> tuple[Path, str | None]:
 def read_texts(path: str | Path, *, column: str | None = None) -> Iterator[str]:
     """Yields the texts of a file, blank ones left out.
 
-    A tsv file starts with a header row and has no quoting; jsonl has one object per line; every other file holds one
-    text per line. Each may be gzip (.gz). "FILE:column" names the column as `column` does.
+    A tsv file starts with a header row and has no quoting; jsonl has one object per line; parquet has columns; every
+    other file holds one text per line. All but parquet may be gzip (.gz). "FILE:column" names the column as `column`
+    does.
 
     Args:
-      column: the tsv column or jsonl field. By default "sentence", else "text", else "sentence1" and "sentence2", else
+      column: the column, or jsonl field. By default "sentence", else "text", else "sentence1" and "sentence2", else
         the longest column that holds words.
 
     Raises:
@@ -53,9 +62,40 @@ def read_texts(path: str | Path, *, column: str | None = None) -> Iterator[str]:
     kind = _kind(path)
     if kind == "txt":
         if column is not None:
-            raise ValueError(f"{path}: column {column!r} is named, but only .tsv and .jsonl files have columns")
+            raise ValueError(
+                f"{path}: column {column!r} is named, but only .tsv, .jsonl and .parquet files have columns"
+            )
         return _not_blank(path, (line for _, line in _lines(path)))
     return _not_blank(path, _cells(path, column))
+
+
+def read_records(path: str | Path, *, bad: Bad = refuse) -> Iterator[Record]:
+    """Yields (line number, {column: value}) of a file, blank lines left out; a file of plain lines has a column "text".
+
+    Raises FileNotFoundError and ValueError as `read_texts` does, except that `bad` is given the errors of single lines;
+    those concerning a whole file, such as damaged gzip, are raised.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    return _plain_records(path, bad) if kind == "txt" else _records(path, bad)
+
+
+def numbered_lines(path: str | Path, *, bad: Bad = refuse) -> Iterator[tuple[int, str]]:
+    """Yields (line number, line) of a text file, blank ones too; raises as `read_records` does."""
+    path = Path(path)
+    if (kind := _kind(path)) != "txt":
+        raise ValueError(f"{path}: a file of plain lines is needed here, not {kind}")
+    return _lines(path, bad)
+
+
+def text_columns(where: str | Path, head: list[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The columns that hold text, judged by some records, as `read_texts` says. Raises ValueError where none does."""
+    return _text_columns(Path(where), head)
+
+
+def text_value(where: str | Path, number: int, record: Mapping[str, Any], name: str) -> str:
+    """A text of a record. Raises ValueError where there is no such column or where it is no text."""
+    return _text(Path(where), number, record, name)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -82,19 +122,18 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
-def decode_lines(file: Iterable[bytes], name: str | Path) -> Iterator[tuple[int, str]]:
+def decode_lines(file: Iterable[bytes], name: str | Path, bad: Bad = refuse) -> Iterator[tuple[int, str]]:
     """(line number, line) of UTF-8 bytes, without a byte order mark; lines end at a newline and nowhere else.
 
-    Raises ValueError for invalid UTF-8, when it is reached; the message names the line of `name`.
+    Gives `bad` a ValueError for invalid UTF-8, when it is reached; the message names the line of `name`.
     """
     for number, raw in enumerate(file, 1):
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}, line {number}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at position "
-                f"{error.start + 1}); convert it, for example with iconv"
-            ) from None
+            reason = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+            bad(ValueError(f"{name}, line {number}: not valid UTF-8 ({reason}); convert it, for example with iconv"))
+            continue
         yield number, (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
 
 
@@ -103,7 +142,7 @@ def _kind(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give a file (txt, tsv or jsonl, plain or .gz)")
+        raise ValueError(f"{path}: is a folder; give a file (txt, tsv or jsonl, plain or .gz, or parquet)")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
@@ -112,12 +151,12 @@ def _kind(path: Path) -> str:
     return _TABLES.get(suffix.lower(), "txt")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, bad: Bad = refuse) -> Iterator[tuple[int, str]]:
     """(line number, line) of a UTF-8 file."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in decode_lines(file, path):
+            for number, line in decode_lines(file, path, bad):
                 yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         reason = str(error).rstrip(".")
@@ -126,25 +165,42 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, {column: value}) of a tsv or jsonl file."""
+def _plain_records(path: Path, bad: Bad) -> Iterator[Record]:
+    return ((number, {"text": line}) for number, line in _lines(path, bad) if line.strip())
+
+
+def _records(path: Path, bad: Bad = refuse) -> Iterator[Record]:
+    """(line number, {column: value}) of a tsv or jsonl file, or (row number, …) of a parquet file."""
+    kind = _kind(path)
+    if kind == "parquet":
+        yield from read_parquet(path)
+        return
     header: list[str] | None = None
-    is_table = _kind(path) == "tsv"
-    for number, line in _lines(path):
+    for number, line in _lines(path, bad):
         if not line.strip():
             continue
-        if not is_table:
-            yield number, _json_object(path, number, line)
-        elif header is None:
-            header = [name.strip() for name in line.split("\t")]
-        else:
-            cells = line.split("\t")
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{path}, line {number}: {len(cells)} columns, but the header has {len(header)} "
-                    f"({_short(header)}); columns are separated by tabs, without quoting"
-                )
-            yield number, dict(zip(header, cells, strict=True))
+        try:
+            if kind == "jsonl":
+                record = _json_object(path, number, line)
+            elif header is None:
+                header = [name.strip() for name in line.split("\t")]
+                continue
+            else:
+                record = _row(path, number, line, header)
+        except ValueError as error:
+            bad(error)
+            continue
+        yield number, record
+
+
+def _row(path: Path, number: int, line: str, header: list[str]) -> Mapping[str, Any]:
+    cells = line.split("\t")
+    if len(cells) != len(header):
+        raise ValueError(
+            f"{path}, line {number}: {len(cells)} columns, but the header has {len(header)} "
+            f"({_short(header)}); columns are separated by tabs, without quoting"
+        )
+    return dict(zip(header, cells, strict=True))
 
 
 def _json_object(path: Path, number: int, line: str) -> Mapping[str, Any]:
