@@ -49,7 +49,9 @@ def test_defaults_are_filled_in_and_a_resolved_config_reads_as_itself():
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_reads_its_own_settings(name):
     given = {"name": name, **({"teacher": "minilm"} if name == "distill" else {})}
-    config = TrainConfig.from_dict(changed("task", given))
+    settings = changed("task", given)
+    settings["data"]["columns"] = ["de", "en"] if name == "translation" else []
+    config = TrainConfig.from_dict(settings)
     assert TrainConfig.from_dict(config.resolved()) == config
     assert config.task.head
 
@@ -82,7 +84,10 @@ WRONG = [
     ("tokenizer/vocabulary", None, ["tokenizer", "needs vocabulary"]),
     ("tokenizer/kind", "wordpeice", ["tokenizer/kind", "did you mean 'wordpiece'"]),
     ("data/train", [], ["data/train: names no file"]),
-    ("data/columns", ["a", "b"], ["data/columns: masked_lm reads text; got a, b"]),
+    ("data/columns", ["a", "b"], ["data/columns: masked_lm reads 1, got 2: a, b"]),
+    ("data/train_targets", "b.txt", ["data: train_targets and validation_targets"]),
+    ("data/train_targets", ["a", "b"], ["data: 1 files, but 2 of targets"]),
+    ("task", "translation", ["translation needs train_targets, or columns"]),
     ("data/threads", -1, ["data/threads"]),
     ("optimizer", {"name": "adamv"}, ["'adamv'", "adamw"]),
     ("optimizer", {"warmup": 100}, ["warmup of 100", "run of 100"]),

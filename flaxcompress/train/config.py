@@ -87,8 +87,10 @@ class DataSettings:
 
     Attributes:
       train, validation: files, FILE:column, data sets of the Hub ("hf:owner/name"); one, or a list.
-      columns: the columns of the data that the task reads, in the task's order: for text its column; for classification
-        text and label, or two texts and label; for translation source and target; for images image and label.
+      train_targets, validation_targets: where these are files of their own: the translations, line by line, and the
+        labels of images.
+      columns: the columns of records that the task reads, in its order: the text; text and label, or two texts and
+        label; source and target.
       separator: what stands between the documents of plain text files; None: each line is one; "": blank lines.
       max_bad_lines: so many lines that cannot be read are skipped.
       cache: a folder that keeps tokens.
@@ -97,6 +99,8 @@ class DataSettings:
 
     train: str | tuple[str, ...]
     validation: str | tuple[str, ...] = ()
+    train_targets: str | tuple[str, ...] = ()
+    validation_targets: str | tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     separator: str | None = None
     max_bad_lines: int = 100
@@ -104,11 +108,16 @@ class DataSettings:
     threads: int = 2
 
     def __post_init__(self):
-        for name in ("train", "validation"):
+        for name in ("train", "validation", "train_targets", "validation_targets"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else given)
         if not self.train:
             raise ValueError("data/train: names no file; give at least one")
+        for files, targets in ((self.train, self.train_targets), (self.validation, self.validation_targets)):
+            if targets and len(targets) != len(files):
+                raise ValueError(f"data: {len(files)} files, but {len(targets)} of targets; give one for each")
+        if self.validation and bool(self.train_targets) != bool(self.validation_targets):
+            raise ValueError("data: train_targets and validation_targets are given together, or neither is")
         for name in ("max_bad_lines", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data/{name}: must not be negative, got {getattr(self, name)}")
@@ -214,9 +223,17 @@ class TrainConfig:
         self.optimizer.learning_rates(training.steps)
         if (training.evaluate_every or training.keep_best or training.take_best) and not self.data.validation:
             raise ValueError("data/validation: names no file, but training asks for evaluations or the best checkpoint")
-        named, known = self.data.columns, self.task.columns
-        if named and not max(self.task.needs, 1) <= len(named) <= len(known):
-            raise ValueError(f"data/columns: {self.task.name} reads {', '.join(known)}; got {', '.join(named)}")
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        named, task = self.data.columns, self.task
+        if named and len(named) not in task.columns:
+            said = " or ".join(map(str, sorted(task.columns))) or "none"
+            raise ValueError(f"data/columns: {task.name} reads {said}, got {len(named)}: {', '.join(named)}")
+        if self.data.train_targets and not task.targets:
+            raise ValueError(f"data/train_targets: {task.name} reads none; leave them out")
+        if task.targets == "needed" and not (self.data.train_targets or named):
+            raise ValueError(f"data: {task.name} needs train_targets, or columns of records")
 
     @classmethod
     def load(cls, path: str | Path, changes: Iterable[str] = ()) -> TrainConfig:

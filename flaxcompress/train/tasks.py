@@ -15,13 +15,13 @@ class Task:
     """Base of the tasks.
 
     Attributes:
-      columns: what the columns of the data mean, in their order; the first `needs` of them must be named where the data
-        are records.
+      columns: how many columns of records can be named.
+      targets: whether what is to be learned can stand in files of its own, "allowed" or "needed".
     """
 
     name: ClassVar[str]
-    columns: ClassVar[tuple[str, ...]] = ("text",)
-    needs: ClassVar[int] = 0
+    columns: ClassVar[tuple[int, ...]] = (1,)
+    targets: ClassVar[str] = ""
 
     @property
     def head(self) -> str:
@@ -80,15 +80,15 @@ class SpanCorruptionTask(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TranslationTask(Task):
-    """A second text from a first one.
+    """A second text from a first one (see `data.translation_batches`).
 
     Attributes:
       label_smoothing: the share of the target spread over the vocabulary.
     """
 
     name: ClassVar[str] = "translation"
-    columns: ClassVar[tuple[str, ...]] = ("source", "target")
-    needs: ClassVar[int] = 2
+    columns: ClassVar[tuple[int, ...]] = (2,)
+    targets: ClassVar[str] = "needed"
 
     label_smoothing: float = 0.1
 
@@ -99,16 +99,23 @@ class TranslationTask(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesTask(Task):
-    """A class for each image.
+    """A class for each image (see `data.image_batches`).
 
     Attributes:
       label_smoothing: the share of the target spread over all classes.
+      mean, std: of the pixels between 0 and 1.
+      flip, shift: how images are varied while training.
     """
 
     name: ClassVar[str] = "images"
-    columns: ClassVar[tuple[str, ...]] = ("image", "label")
+    columns: ClassVar[tuple[int, ...]] = ()
+    targets: ClassVar[str] = "allowed"
 
     label_smoothing: float = 0.0
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+    flip: bool = False
+    shift: int = 0
 
     @property
     def head(self) -> str:
@@ -117,17 +124,18 @@ class ImagesTask(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationTask(Task):
-    """A class, or a number, for each text or pair of texts.
+    """A class, or a number, for each text or pair of texts (see `data.read_labelled`).
 
     Attributes:
       label_smoothing: the share of the target spread over all classes.
+      regression: labels are numbers.
     """
 
     name: ClassVar[str] = "classification"
-    columns: ClassVar[tuple[str, ...]] = ("text", "second text", "label")
-    needs: ClassVar[int] = 2
+    columns: ClassVar[tuple[int, ...]] = (2, 3)
 
     label_smoothing: float = 0.0
+    regression: bool = False
 
     @property
     def head(self) -> str:
