@@ -61,6 +61,11 @@ class Row:
     examples: np.ndarray
     seeds: tuple[int, int]
 
+    @property
+    def example(self) -> int | None:
+        """The only example, in rows that are not packed; None in a row that only fills up."""
+        return int(self.examples[0]) if len(self.examples) else None
+
     def rng(self, example: int) -> np.random.Generator:
         """The random numbers of one example in this epoch."""
         return np.random.default_rng([*self.seeds, int(example)])

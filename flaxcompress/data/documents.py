@@ -117,7 +117,7 @@ def _texts(texts: Iterable[Any]) -> Iterator[str]:
 
 
 def _documents(file: str | Path, column: str | None, separator: str | None, bad: Bad) -> Iterator[str]:
-    if not _has_records(file):
+    if not is_record_source(file):
         path, named = parse_source(file)
         if named or column:
             raise ValueError(f"{path}: column {named or column!r} is named, but this is a file of plain lines")
@@ -127,7 +127,8 @@ def _documents(file: str | Path, column: str | None, separator: str | None, bad:
     return _cells(name, named or column, records, bad)
 
 
-def _has_records(file: str | Path) -> bool:
+def is_record_source(file: str | Path) -> bool:
+    """Whether a source has columns; every other one has plain lines."""
     if isinstance(file, str) and file.startswith(PREFIX):
         return True
     path = os.fspath(parse_source(file)[0]).removesuffix(".gz")

@@ -76,6 +76,16 @@ def need_special_id(assets: Assets, role: str, what: str) -> int:
     return found
 
 
+def padding_id(assets: Assets, given: int | None) -> int:
+    """The id for padding: the given one, else the tokenizer's, else 0."""
+    return (special_id(assets, "pad") or 0) if given is None else given
+
+
+def start_id(assets: Assets, pad: int) -> int:
+    """The id that a decoder begins with: the checkpoint's, else padding's."""
+    return pad if assets.start_token is None else assets.start_token
+
+
 def special_ids(assets: Assets) -> frozenset[int]:
     """The ids of all special tokens."""
     added = whole_tokenizer(assets).get_added_tokens_decoder()

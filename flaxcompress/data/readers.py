@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def numbered_lines(path: str | Path, *, bad: Bad = refuse) -> Iterator[tuple[int
     return _lines(path, bad)
 
 
-def text_columns(where: str | Path, head: list[Mapping[str, Any]]) -> tuple[str, ...]:
+def text_columns(where: str | Path, head: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The columns that hold text, judged by some records, as `read_texts` says. Raises ValueError where none does."""
     return _text_columns(Path(where), head)
 
@@ -224,7 +224,7 @@ def _cells(path: Path, column: str | None) -> Iterator[str]:
             yield _text(path, number, record, name)
 
 
-def _text_columns(path: Path, head: list[Mapping[str, Any]]) -> tuple[str, ...]:
+def _text_columns(path: Path, head: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     names = list(head[0]) if head else []
     for wanted in _DEFAULT_COLUMNS:
         if wanted[0] in names:

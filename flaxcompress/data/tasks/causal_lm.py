@@ -12,7 +12,7 @@ from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, 
 from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.chunks import Chunks, cut_documents
 from flaxcompress.data.documents import Corpus, Source, as_corpus
-from flaxcompress.data.frame import find_frame, special_id
+from flaxcompress.data.frame import find_frame, padding_id, special_id
 from flaxcompress.data.packing import Packing
 from flaxcompress.data.token_cache import corpus_tokens
 from flaxcompress.text import Assets
@@ -56,7 +56,7 @@ def causal_lm_batches(
         as_corpus(source), assets, before=frame.before, after=frame.after or tuple(end), vocabulary=vocabulary
     )
     chunks = cut_documents(tokens.document_places, length + 1, overlap=1)
-    pad = (special_id(assets, "pad") or 0) if pad is None else pad
+    pad = padding_id(assets, pad)
     inputs = chunks.lengths - 1
     if not len(inputs):
         raise ValueError("causal_lm_batches: every document is a single token: there is none to predict")

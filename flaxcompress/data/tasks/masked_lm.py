@@ -13,7 +13,7 @@ from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, 
 from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.chunks import Chunks, join_units
 from flaxcompress.data.documents import Corpus, Source, as_corpus
-from flaxcompress.data.frame import Frame, find_frame, need_special_id, special_id, special_ids, whole_tokenizer
+from flaxcompress.data.frame import Frame, find_frame, need_special_id, padding_id, special_ids, whole_tokenizer
 from flaxcompress.data.masking import mask_row, masked_count, ngram_shares
 from flaxcompress.data.packing import Packing
 from flaxcompress.data.sentence_order import NO_PAIR, inner_borders, split_pair
@@ -91,7 +91,7 @@ def masked_lm_batches(
         borders=inner,
         frame=frame,
         mask=mask,
-        pad=(special_id(assets, "pad") or 0) if pad is None else pad,
+        pad=padding_id(assets, pad),
         replacements=np.setdiff1d(np.arange(known), list(special_ids(assets))),
         rate=mask_rate,
         ngram=ngram,
