@@ -14,7 +14,7 @@ import pytest
 import flaxcompress as fc
 from flaxcompress.config import ModelConfig
 from flaxcompress.train.metrics import Metrics, read_metrics
-from flaxcompress.train.throughput import Throughput, measured_flops, peak_flops, peak_of, step_flops
+from flaxcompress.train.throughput import BatchShape, Throughput, measured_flops, peak_flops, peak_of, step_flops
 
 
 def lines(folder):
@@ -169,18 +169,28 @@ def test_flops_of_a_step_by_hand():
     layer = 2 * (4 * 64 + 2 * 96) + 4 * 16 * 8
     head = 2 * (64 + 8 * 20)
     want = 3 * 5 * (16 * 3 * layer + 3 * head)
-    assert step_flops(config, rows=5, length=16, predicted=3) == want
+    shape = BatchShape(rows=5, length=16, predicted=3)
+    assert step_flops(config, shape) == want
     shared = config.replace(sharing=fc.Sharing.named("all", layers=3))
-    assert step_flops(shared, rows=5, length=16, predicted=3) == want  # a shared set works every time it is used
-    more = step_flops(config, rows=5, length=16, predicted=3, teacher=config)
-    assert more == want * 4 / 3
+    assert step_flops(shared, shape) == want  # a shared set works every time it is used
+    assert step_flops(config, shape, teacher=config) == want * 4 / 3
+
+
+def test_shapes_of_batches():
+    ids, short = np.zeros((4, 16), np.int32), np.zeros((4, 3), np.int32)
+    assert BatchShape.of({"input_ids": ids, "label_positions": short}, processes=2) == (8, 16, 0, 3)
+    assert BatchShape.of({"input_ids": ids, "decoder_input_ids": short}) == (4, 16, 3, None)
+    assert BatchShape.of({"pixel_values": np.zeros((4, 1, 8, 8)), "labels": np.zeros(4)}) == (4, 0, 0, None)
 
 
 def test_throughput_is_over_the_last_steps():
-    speed = Throughput(tokens=1000, flops=5e12, peak=100e12, devices=2)
-    assert speed.after(0.5) == {"tokens_per_second": 2000.0, "mfu": 0.05}
+    shape, flops = BatchShape(rows=10, length=100), lambda shape: 5e9 * shape.rows * shape.length
+    speed = Throughput(flops=flops, peak=100e12, devices=2)
+    assert speed.after(0.5, shape) == {"tokens_per_second": 2000.0, "mfu": 0.05}
     for _ in range(20):
-        found = speed.after(0.25)
+        found = speed.after(0.25, shape)
     assert found == {"tokens_per_second": 4000.0, "mfu": 0.1}
-    assert Throughput(tokens=1, flops=1, peak=None).after(1.0) == {"tokens_per_second": 1.0}
-    assert Throughput(tokens=1, flops=1, peak=None).after(0.0) == {}
+    assert speed.after(0.25, BatchShape(rows=10, length=20))["tokens_per_second"] == (19 * 1000 + 200) / 5
+    assert Throughput(flops=flops, peak=None).after(1.0, shape) == {"tokens_per_second": 1000.0}
+    assert Throughput(flops=flops, peak=None).after(0.0, shape) == {}
+    assert Throughput(flops=flops, peak=None).after(2.0, BatchShape(8, 0)) == {"images_per_second": 4.0}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 # A process that says nothing for so long is taken for dead, and the others end. JAX's own 100 seconds leave a pod idle.
 HEARTBEAT_SECONDS = 20
@@ -19,17 +22,15 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"
 def find_cluster(environment: Mapping[str, str], devices: Path = Path("/dev")) -> str | None:
     """What kind of cluster this process is one of several in; None where it is alone.
 
-    The kinds are those that `jax.distributed.initialize` finds its peers in: "tpu" (GKE, or a TPU VM, which may turn out
-    to be alone), "slurm", "kubernetes", "openmpi"; and "variables", where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say it.
+    The kinds are those that `jax.distributed.initialize` finds its peers in: "tpu" (GKE, or a TPU VM, which may turn
+    out to be alone), "slurm", "kubernetes", "openmpi"; and "variables", where JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
 
     Raises ValueError where some of these variables are missing, or are no numbers.
     """
     if any(name in environment for name in _BY_HAND[1:]):
         if missing := [name for name in _BY_HAND if name not in environment]:
-            raise ValueError(
-                f"cluster: {', '.join(missing)} must be set too, beside the other two of {_said(_BY_HAND)}"
-            )
+            raise ValueError(f"cluster: {', '.join(missing)} must be set too: {', '.join(_BY_HAND)} go together")
         for name in _BY_HAND[1:]:
             if not environment[name].isdecimal():
                 raise ValueError(f"cluster: {name} must be a number, got {environment[name]!r}")
@@ -52,10 +53,6 @@ def find_cluster(environment: Mapping[str, str], devices: Path = Path("/dev")) -
 def _on_tpu_vm(devices: Path) -> bool:
     chips = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
     return bool(chips) and util.find_spec("libtpu") is not None
-
-
-def _said(names: tuple[str, ...]) -> str:
-    return ", ".join(names)
 
 
 def join_cluster() -> str | None:
@@ -86,3 +83,23 @@ def leave_cluster() -> None:
     if jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # the others are gone already
             jax.distributed.shutdown()
+
+
+def same_everywhere(make: Callable[[], Any]) -> Any:
+    """What process 0 makes, a JSON value, on every process; its mistakes are raised everywhere."""
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    text = b""
+    if jax.process_index() == 0:
+        try:
+            text = json.dumps({"value": make()}).encode()
+        except (ValueError, TypeError, OSError) as error:
+            text = json.dumps({"error": str(error)}).encode()
+    size = int(broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text.ljust(size, b" "), np.uint8)
+    found = json.loads(np.asarray(broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found["value"]

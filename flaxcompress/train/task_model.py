@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from flaxcompress import storage
 from flaxcompress.config import ModelConfig
@@ -18,6 +18,7 @@ from flaxcompress.folder import load, resolve
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, generation_config_file, read_assets
 from flaxcompress.train.architectures import architecture
+from flaxcompress.train.cluster import same_everywhere
 from flaxcompress.train.config import ModelSettings, TrainConfig
 from flaxcompress.train.task_data import TaskData
 from flaxcompress.train.tasks import CausalLMTask, ImagesTask, SpanCorruptionTask, TranslationTask
@@ -78,23 +79,30 @@ def _tokenizer(config: TrainConfig, data: TaskData, folder: Path) -> Assets | No
         if not assets.has_tokenizer:
             raise ValueError(f"tokenizer/load: {settings.load} holds no tokenizer's files")
         return dataclasses.replace(assets, pooling=None, max_length=length)
-    kept = folder / "tokenizer"
+    with tempfile.TemporaryDirectory() as work:
+        storage.write_files(Path(work), same_everywhere(lambda: _learned(config, data, folder / "tokenizer")))
+        return read_assets(Path(work), positions=length, source="")
+
+
+def _learned(config: TrainConfig, data: TaskData, kept: Path) -> dict[str, str]:
+    """The files of the tokenizer that is kept there; learned first, where there is none yet."""
     if not kept.is_dir():
-        assert settings.kind is not None and settings.vocabulary is not None
-        seq2seq = isinstance(config.task, (TranslationTask, SpanCorruptionTask))
+        settings, task = config.tokenizer, config.task
+        assert settings is not None and settings.kind is not None and settings.vocabulary is not None
+        seq2seq = isinstance(task, (TranslationTask, SpanCorruptionTask))
         made = train_tokenizer(
             data.texts(),
             settings.kind,
             vocabulary=settings.vocabulary,
-            model="seq2seq" if seq2seq else "decoder" if isinstance(config.task, CausalLMTask) else "encoder",
+            model="seq2seq" if seq2seq else "decoder" if isinstance(task, CausalLMTask) else "encoder",
             lowercase=settings.lowercase,
-            sentinels=_SENTINELS if isinstance(config.task, SpanCorruptionTask) else 0,
-            max_length=length,
+            sentinels=_SENTINELS if isinstance(task, SpanCorruptionTask) else 0,
+            max_length=config.training.length,
         )
+        ids = generation_config_file(made, special_id(made, "pad") or 0, decoder=seq2seq)
         with storage.new_folder(kept) as new:
-            ids = generation_config_file(made, special_id(made, "pad") or 0, decoder=seq2seq)
             storage.write_files(new, {**dict(made.files), **ids})
-    return read_assets(kept, positions=length, source="")
+    return {path.name: path.read_text("utf-8") for path in sorted(kept.iterdir())}
 
 
 def _structure(config: TrainConfig, data: TaskData, assets: Assets | None) -> ModelConfig:
@@ -152,17 +160,6 @@ def _check(config: TrainConfig, model: Model) -> None:
         raise ValueError(f"model: {config.model.load} holds no tokenizer; texts cannot be read for it")
     if (size := vocabulary_size(model.assets)) > structure.vocabulary:
         raise ValueError(
-            f"model: the tokenizer has {size} tokens, but the model's vocabulary {structure.vocabulary} entries: they do "
-            "not belong together"
+            f"model: the tokenizer has {size} tokens, but the model's vocabulary {structure.vocabulary} entries: they "
+            "do not belong together"
         )
-
-
-def same_everywhere(text: bytes) -> bytes:
-    """Process 0's bytes, on every process."""
-    if jax.process_count() == 1:
-        return text
-    from jax.experimental import multihost_utils
-
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    own = np.frombuffer(text.ljust(size, b"\0")[:size], np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes()

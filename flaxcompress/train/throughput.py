@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,42 +58,57 @@ def measured_flops(device: Any, *, size: int | None = None, rounds: int = 5) -> 
     return 2 * n**3 / best
 
 
-def step_flops(
-    config: ModelConfig,
-    *,
-    rows: int,
-    length: int,
-    targets: int = 0,
-    predicted: int | None = None,
-    teacher: ModelConfig | None = None,
-) -> float:
-    """The model's own FLOPs in a step: three times those of a forward pass, what remat repeats not counted.
+class BatchShape(NamedTuple):
+    """What of a batch its cost depends on.
+
+    Attributes:
+      rows: B, of the whole step, over all processes and microbatches.
+      length: T, tokens of a row; patches of an image and its class token.
+      targets: tokens of a row of the decoder; 0 where there is none.
+      predicted: tokens of a row that the head is applied to; None: all of them.
+    """
+
+    rows: int
+    length: int
+    targets: int = 0
+    predicted: int | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], processes: int = 1) -> BatchShape:
+        """The shape of a batch, of which each process holds a share."""
+        if "input_ids" not in batch:
+            return cls(len(batch["labels"]) * processes, 0)
+        rows, length = batch["input_ids"].shape
+        targets = batch["decoder_input_ids"].shape[1] if "decoder_input_ids" in batch else 0
+        predicted = batch["label_positions"].shape[1] if "label_positions" in batch else None
+        return cls(rows * processes, length, targets, predicted)
+
+
+def step_flops(config: ModelConfig, shape: BatchShape, *, teacher: ModelConfig | None = None) -> float:
+    """The model's own FLOPs in a step: three times those of a forward pass; what remat repeats is not counted.
 
     Args:
-      rows: B, of the whole step, microbatches together.
-      length: T, tokens of a row; patches of an image.
-      targets: tokens of a row of the decoder, where there is one.
-      predicted: tokens of a row that the head is applied to; None: all of them.
       teacher: a second model of which a forward pass is run.
     """
-    flops = 3 * _forward(config, length, targets, predicted)
+    flops = 3 * _forward(config, shape)
     if teacher is not None:
-        flops += _forward(teacher, length, targets, predicted)
-    return rows * flops
+        flops += _forward(teacher, shape)
+    return shape.rows * flops
 
 
-def _forward(config: ModelConfig, length: int, targets: int, predicted: int | None) -> float:
+def _forward(config: ModelConfig, shape: BatchShape) -> float:
     """FLOPs of a forward pass over one row."""
+    length = shape.length if config.patches is None else config.positions
     found = profile(_abstract(config), length=min(length, config.positions)).parts
     per_token = {part.part: part.flops_per_token for part in found}
-    out = targets or length
-    if config.patches is None and predicted is not None:
-        out = predicted
-    if not _reads_tokens(config):
-        out = 1
     head = per_token.pop("head", 0.0)
     decoder = sum(per_token.pop(name) for name in list(per_token) if name.startswith("decoder"))
-    return length * sum(per_token.values()) + targets * decoder + out * head
+    out = shape.targets or length
+    if shape.predicted is not None:
+        out = shape.predicted
+    if not _reads_tokens(config):
+        out = 1
+    return length * sum(per_token.values()) + shape.targets * decoder + out * head
 
 
 def _reads_tokens(config: ModelConfig) -> bool:
@@ -106,28 +121,32 @@ def _abstract(config: ModelConfig) -> Model:
 
 
 class Throughput:
-    """Tokens per second, and MFU where the peak is known, over the last steps.
+    """Tokens (or images) per second, and MFU where the peak is known, over the last steps.
 
     Args:
-      tokens: of one step, over all devices, padding included.
-      flops: of one step, see `step_flops`.
+      flops: of a step on a batch of a shape.
       peak: FLOP/s of one device; None: MFU is not told.
     """
 
-    def __init__(self, *, tokens: int, flops: float, peak: float | None, devices: int = 1):
-        self._tokens, self._flops = tokens, flops
-        self._peak = None if peak is None else peak * devices
-        self._seconds: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+    def __init__(self, *, flops: Callable[[BatchShape], float], peak: float | None, devices: int = 1):
+        self._flops, self._peak = flops, None if peak is None else peak * devices
+        self._steps: collections.deque[tuple[float, BatchShape]] = collections.deque(maxlen=_WINDOW)
 
-    def after(self, seconds: float) -> dict[str, float]:
-        """{"tokens_per_second", "mfu"} once a step that took so long is over."""
-        self._seconds.append(seconds)
-        total = sum(self._seconds)
+    def after(self, seconds: float, shape: BatchShape) -> dict[str, float]:
+        """{"tokens_per_second", "mfu"} once a step on such a batch is over; padding is counted, targets too."""
+        self._steps.append((seconds, shape))
+        total = sum(seconds for seconds, _ in self._steps)
         if not total > 0:
             return {}
-        rate = len(self._seconds) / total
-        found = {"tokens_per_second": rate * self._tokens}
-        return found if self._peak is None else {**found, "mfu": rate * self._flops / self._peak}
+        if not shape.length:
+            return {"images_per_second": sum(s.rows for _, s in self._steps) / total, **self._mfu(total)}
+        tokens = sum(s.rows * (s.length + s.targets) for _, s in self._steps)
+        return {"tokens_per_second": tokens / total, **self._mfu(total)}
+
+    def _mfu(self, total: float) -> dict[str, float]:
+        if self._peak is None:
+            return {}
+        return {"mfu": sum(self._flops(shape) for _, shape in self._steps) / total / self._peak}
 
 
 def peak_of(devices: Sequence[Any], *, measure: bool) -> float | None:
