@@ -24,6 +24,7 @@ from flaxcompress.model import Model, ModelOutput
 from flaxcompress.nn import register_head
 from flaxcompress.terms import Terms
 from flaxcompress.text import Assets, Pooling
+from flaxcompress.train.mesh import make_mesh
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "make_mesh",
     "profile",
     "register_head",
     "save",

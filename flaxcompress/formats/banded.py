@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from flaxcompress.formats.base import check_dtype, register
@@ -82,6 +83,10 @@ class Banded(RowFormat):
     @property
     def shape(self):
         return (self.values.shape[-2], sum(columns for columns, _ in self.bands))
+
+    def axes(self, rows, columns):
+        del columns  # a row's bands lie end to end
+        return dataclasses.replace(self, values=PartitionSpec(rows, None), scale=PartitionSpec(rows, None))
 
     def spec(self):
         return BandedSpec(bands=self.bands, scale_dtype=str(self.scale.dtype))

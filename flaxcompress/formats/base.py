@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from flaxcompress.config import ModelConfig, closest, reject_unknown
@@ -65,6 +66,14 @@ class Format:
         """What each part should approximate for the whole to approximate `dense`; None where nothing is known."""
         del dense
         return [None] * len(self.parts())
+
+    def axes(self, rows: str | None, columns: str | None) -> Any:
+        """This node with the logical axes of every leaf's last dimensions in its place, as partition specs.
+
+        Args:
+          rows, columns: the logical axes of the matrix that this node stands for.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.axes")
 
     def matmul_flops(self) -> int:
         """Floating-point operations of `matmul` per row of x."""
@@ -215,6 +224,11 @@ def dense(w: Any) -> Any:
     if isinstance(w, Format):
         return materialize(w)
     return w if w.dtype == jnp.float32 else w.astype(jnp.float32)
+
+
+def axes(w: Any, rows: str | None, columns: str | None) -> Any:
+    """`w` with the logical axes of every leaf in its place (see `Format.axes`); stacks have dimensions before those."""
+    return w.axes(rows, columns) if isinstance(w, Format) else PartitionSpec(rows, columns)
 
 
 def nbytes(w: Any) -> int:

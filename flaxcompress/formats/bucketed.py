@@ -14,12 +14,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from flaxcompress.formats.base import (
     Format,
     Part,
     Spec,
     attend,
+    axes,
     materialize,
     matmul_flops,
     parse_spec,
@@ -116,6 +118,10 @@ class Bucketed(Format):
 
     def materialize(self):
         return jnp.concatenate([materialize(t) for t in self.tiers], axis=0)[self._order()]
+
+    def axes(self, rows, columns):
+        tiers = tuple(axes(tier, rows, columns) for tier in self.tiers)
+        return Bucketed(tiers=tiers, assignment=PartitionSpec(None))
 
     def matmul_flops(self):
         return sum(matmul_flops(t) for t in self.tiers)  # of `attend`

@@ -9,11 +9,13 @@ that computes the same.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from flaxcompress.formats.rows import RowFormat, RowSpec
 
@@ -38,6 +40,13 @@ class FakeQuantized(RowFormat):
     def shape(self):
         rows, columns = self.latent.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
+
+    def axes(self, rows, columns):
+        stored, along = self.stored_axes(rows, columns)
+        scales = PartitionSpec(stored, None)
+        return dataclasses.replace(
+            self, latent=PartitionSpec(stored, along), log_scale=scales, start=scales, bits=PartitionSpec()
+        )
 
     def spec(self):
         return self.target.with_bits(int(self.bits))

@@ -16,6 +16,7 @@ from flaxcompress.formats.base import (
     Part,
     Spec,
     attend,
+    axes,
     materialize,
     matmul,
     matmul_flops,
@@ -80,6 +81,9 @@ class LowRank(Format):
 
     def materialize(self):
         return jnp.matmul(materialize(self.left), materialize(self.right), precision=jax.lax.Precision.HIGHEST)
+
+    def axes(self, rows, columns):
+        return LowRank(left=axes(self.left, rows, "rank"), right=axes(self.right, "rank", columns))
 
     def matmul_flops(self):
         return matmul_flops(self.left) + matmul_flops(self.right)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from flaxcompress.formats.base import check_dtype, register
@@ -96,6 +97,10 @@ class Quantized(RowFormat):
     def shape(self):
         rows = self.values.shape[-2]
         return (self.columns, rows) if self.transposed else (rows, self.columns)
+
+    def axes(self, rows, columns):
+        stored, along = self.stored_axes(rows, columns)
+        return dataclasses.replace(self, values=PartitionSpec(stored, along), scale=PartitionSpec(stored, None))
 
     def spec(self):
         return QuantizedSpec(bits=self.bits, group=self.group, scale_dtype=str(self.scale.dtype))

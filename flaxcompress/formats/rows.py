@@ -28,6 +28,10 @@ class RowFormat(Format):
         """Some of the stored rows, without dequantizing the others."""
         raise NotImplementedError(f"{type(self).__name__}.take_rows")
 
+    def stored_axes(self, rows: str | None, columns: str | None) -> tuple[str | None, str | None]:
+        """The logical axes of the stored rows, and along them."""
+        return (columns, rows) if self.transposed else (rows, columns)
+
     def select(self, ids, axis):
         if axis != int(self.transposed):
             raise ValueError(f"{type(self).__name__}: stored rows can be selected, not parts of them")

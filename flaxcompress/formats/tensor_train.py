@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from flaxcompress.formats.base import Format, Spec, check_dtype, register
@@ -78,6 +79,10 @@ class TensorTrain(Format):
             y = jnp.einsum("abr,rnms->anbms", y, core.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             y = y.reshape(y.shape[0] * y.shape[1], -1, core.shape[-1])
         return y[: self.rows, :, 0]
+
+    def axes(self, rows, columns):
+        del rows, columns  # digits of both run over all cores, so that no device could do with some rows of W
+        return TensorTrain(cores=(PartitionSpec(None, "core", None, None),) * len(self.cores), rows=self.rows)
 
     def matmul_flops(self):
         left, done, flops = math.prod(core.shape[-3] for core in self.cores), 1, 0

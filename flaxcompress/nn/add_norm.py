@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from flaxcompress.config import SUBLAYERS, ModelConfig
 from flaxcompress.formats.base import vector_init
+from flaxcompress.nn.logical import constrain
 from flaxcompress.ops import layer_norm, rms_norm
 
 Sublayer = Callable[[Any], tuple[Any, Any]]  # [B, T, D] -> what is added to it, and what else comes out
@@ -67,7 +68,7 @@ class Norms(nn.Module):
             shared = "attention" if config.parallel == "one_norm" else name
             y, other[name] = sublayer(self._norm(shared, x) if before else x)
             y = self._norm(f"{name}_after", y) if config.norm_place == "sandwich" else y
-            total = total + self._drop(y, drop_rate)
+            total = constrain(total + self._drop(y, drop_rate), "batch", "length", None)
         return total if before else self._norm(next(iter(sublayers)), total), other
 
     def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

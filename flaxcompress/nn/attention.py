@@ -11,6 +11,7 @@ from flaxcompress.nn.cache import LayerCache, is_ring
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.depthwise import Depthwise, lead
 from flaxcompress.nn.linear import Linear, project_together
+from flaxcompress.nn.logical import constrain
 from flaxcompress.ops import attend_values, attention_probabilities, dot_product_attention, rotate
 
 
@@ -36,6 +37,8 @@ class Core(nn.Module):
         deterministic: bool,
         need_probabilities: bool,
     ) -> tuple[Float[Array, "B T H e"], Float[Array, "B H T S"] | None]:
+        query = constrain(query, "batch", "length", "heads", None)
+        key, value = (constrain(x, "batch", None, "kv_heads", None) for x in (key, value))
         rate = self.config.attention_dropout
         scale = self.config.attention_scale if self.scale is None else self.scale
         if need_probabilities or (not deterministic and rate > 0):

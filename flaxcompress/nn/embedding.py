@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.initializer import table_initializer
 from flaxcompress.nn.lexicon import LexiconFusion
 from flaxcompress.nn.linear import Linear, weight
+from flaxcompress.nn.logical import put_together
 
 
 def sinusoids(places: Integer[Array, "*B"], width: int) -> Float[Array, "*B E"]:
@@ -52,6 +55,10 @@ class Embedding(nn.Module):
             self.projection = Linear(config, f"{self.prefix}embedding/projection", config.table_width, config.width)
         self.drop = nn.Dropout(config.dropout)
 
+    def used(self, name: str) -> Any:
+        """A table as look-ups and a tied head need it (see `put_together`)."""
+        return put_together(self.config, f"{self.prefix}embedding/{name}", getattr(self, name))
+
     def __call__(
         self,
         ids: Integer[Array, "B T"],
@@ -68,7 +75,7 @@ class Embedding(nn.Module):
         `first` is where in its row a token's document begins, where there are several.
         """
         config = self.config
-        x = take(self.token, ids) if vectors is None else vectors
+        x = take(self.used("token"), ids) if vectors is None else vectors
         x = x if config.embedding_scale == 1.0 else x * config.embedding_scale
         if config.position_embedding != "none":
             places = jnp.arange(ids.shape[1]) if positions is None else positions
@@ -79,9 +86,9 @@ class Embedding(nn.Module):
                     count = count - jnp.take_along_axis(count - real, first, axis=1)
                 places = jnp.where(real, count, 0) + config.position_offset - 1
             learned = config.position_embedding == "learned"
-            x = x + (take(self.position, places) if learned else sinusoids(places, config.table_width))
+            x = x + (take(self.used("position"), places) if learned else sinusoids(places, config.table_width))
         if self.segment is not None:
-            x = x + take(self.segment, jnp.zeros_like(ids) if segments is None else segments)
+            x = x + take(self.used("segment"), jnp.zeros_like(ids) if segments is None else segments)
         if self.lexicon is not None and (features is not None or self.is_initializing()):
             x = self.lexicon(x, jnp.zeros_like(ids) if features is None else features)
         x = x if self.norm is None else self.norm(x)

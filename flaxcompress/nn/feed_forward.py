@@ -10,6 +10,7 @@ from flaxcompress.nn.cache import LayerCache
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.depthwise import Depthwise, lead
 from flaxcompress.nn.linear import Linear, project_together
+from flaxcompress.nn.logical import constrain
 from flaxcompress.ops import activate
 
 
@@ -44,6 +45,8 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if self.gate is None:
-            return self.down(activate(self.up(x), self.config.activation))
-        gate, up = project_together(x, (self.gate, self.up))
-        return self.down(activate(gate, self.config.activation) * up)
+            inner = activate(self.up(x), self.config.activation)
+        else:
+            gate, up = project_together(x, (self.gate, self.up))
+            inner = activate(gate, self.config.activation) * up
+        return self.down(constrain(inner, "batch", *("length",) * (x.ndim - 2), "mlp"))

@@ -16,6 +16,7 @@ from flaxcompress.formats import attend
 from flaxcompress.formats.base import vector_init
 from flaxcompress.nn.add_norm import Norm
 from flaxcompress.nn.linear import Linear
+from flaxcompress.nn.logical import constrain
 from flaxcompress.ops import activate
 
 
@@ -63,7 +64,7 @@ def masked_lm(head: Any, x: Float[Array, "B T D"], given: HeadInputs) -> Float[A
     y = activate(y, config.head_activation or config.activation)
     y = Norm(config, "head/norm", name="norm")(y).astype(x.dtype)
     bias = head.param("bias", vector_init(config, "head/bias", nn.initializers.zeros_init()), (config.vocabulary,))
-    return attend(y, given.table).astype(jnp.float32) + bias
+    return constrain(attend(y, given.table).astype(jnp.float32) + bias, "batch", "logit_length", "vocab")
 
 
 class PretrainingLogits(NamedTuple):
@@ -119,6 +120,7 @@ class CausalLM(nn.Module):
         else:
             output = Linear(config, "head/output", config.width, config.vocabulary, False, name="output")
             y = output(x).astype(jnp.float32)
+        y = constrain(y, "batch", "logit_length", "vocab")
         if not config.logit_bias:
             return y
         zeros = vector_init(config, "head/bias", nn.initializers.zeros_init())

@@ -12,6 +12,7 @@ from flaxcompress.formats import spec_for, take
 from flaxcompress.formats.base import vector_init
 from flaxcompress.nn.initializer import table_initializer
 from flaxcompress.nn.linear import Linear, weight
+from flaxcompress.nn.logical import put_together
 
 
 def cubic_weights(size: int, new: int) -> Float[np.ndarray, "new size"]:
@@ -66,7 +67,7 @@ class ImageEmbedding(nn.Module):
     def _positions(self, down: int, across: int) -> Float[Array, "T D"]:
         patches = self.config.patches
         assert patches is not None
-        table = take(self.position, jnp.arange(1 + patches.count))
+        table = take(put_together(self.config, "embedding/position", self.position), jnp.arange(1 + patches.count))
         if (down, across) == patches.grid:
             return table
         grid = table[1:].reshape(*patches.grid, -1)

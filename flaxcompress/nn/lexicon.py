@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Integer
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import spec_for, take
 from flaxcompress.nn.linear import Linear, weight
+from flaxcompress.nn.logical import put_together
 
 
 class LexiconFusion(nn.Module):
@@ -32,6 +33,7 @@ class LexiconFusion(nn.Module):
         self.gate = Linear(config, "embedding/lexicon/gate", 2 * width, width)
 
     def __call__(self, x: Float[Array, "B T E"], features: Integer[Array, "B T"]) -> Float[Array, "B T E"]:
-        added = self.projection(take(self.table, jnp.maximum(features - 1, 0)))
+        table = put_together(self.config, "embedding/lexicon/table", self.table)
+        added = self.projection(take(table, jnp.maximum(features - 1, 0)))
         gate = jax.nn.sigmoid(self.gate(jnp.concatenate([x, added], -1)))
         return jnp.where((features > 0)[..., None], x + gate * added, x)

@@ -14,6 +14,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import materialize, matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
 from flaxcompress.nn.initializer import kernel_initializer
+from flaxcompress.nn.logical import is_cut_by_model, named, put_together
 
 DELTAS = "deltas"  # the collection in which a layer's linear maps find their low-rank deltas
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
@@ -62,8 +63,12 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
-        y = matmul(x, self.kernel)
+        y = matmul(x, self.used_kernel(x.dtype))
         return self.adapted(x, y if self.bias is None else y + self.bias.astype(x.dtype))
+
+    def used_kernel(self, dtype: Any) -> Any:
+        """The kernel as products in `dtype` need it (see `put_together`)."""
+        return put_together(self.config, f"{self.address}/kernel", self.kernel, dtype)
 
     def matrix(self) -> Float[Array, "n m"]:
         """The dense matrix that the map multiplies by, its delta included, float32."""
@@ -81,14 +86,16 @@ class Linear(nn.Module):
 def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:
     """Applies several linear maps to one input: in a single product when all their kernels are dense arrays.
 
-    One token per sequence, as in decoding, is not worth putting the kernels together for.
+    One token per sequence, as in decoding, is not worth putting the kernels together for; where devices hold columns of
+    each kernel, columns would have to move between them.
     """
-    kernels = [linear.kernel for linear in linears]
-    if x.shape[-2] == 1 or not all(isinstance(kernel, jax.Array) for kernel in kernels):
+    dense = all(isinstance(linear.kernel, jax.Array) for linear in linears)
+    if x.shape[-2] == 1 or is_cut_by_model() or not dense:
         return [linear(x) for linear in linears]
     for linear in linears:
         linear.record(x)
-    y = dot(x, jnp.concatenate(kernels, axis=1), 0)
+    kernels = [linear.used_kernel(x.dtype) for linear in linears]
+    y = dot(x, named(jnp.concatenate(kernels, axis=1)), 0)
     biases = [linear.bias for linear in linears]
     if any(bias is not None for bias in biases):
         filled = [

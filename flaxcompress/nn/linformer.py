@@ -13,6 +13,7 @@ from flaxcompress.formats import spec_for, take
 from flaxcompress.nn.attention import Attention
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.linear import weight
+from flaxcompress.nn.logical import put_together
 from flaxcompress.ops import linformer_attention, project_places
 
 
@@ -52,7 +53,8 @@ class SequenceProjection(nn.Module):
             raise ValueError(
                 f"{self.address}: {tokens} tokens, but only {self.config.positions} positions can be projected"
             )
-        return take(self.table, jnp.arange(tokens)).reshape(tokens, self.heads, -1)
+        table = put_together(self.config, f"{self.address}/table", self.table)
+        return take(table, jnp.arange(tokens)).reshape(tokens, self.heads, -1)
 
 
 class LinformerAttention(Attention):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from flaxcompress.config import closest
+from flaxcompress.nn.logical import GATHERED, is_cut_by_fsdp
 
 # "full" keeps nothing but every layer's input; "dots" also the products with weights, and computes the rest again:
 # norms, activations, and attention's scores, whose products run over a batch.
@@ -24,10 +25,15 @@ def check_remat(remat: str) -> None:
 def rematerialised(layer: Callable[..., Any], remat: str, *, scanned: bool) -> Callable[..., Any]:
     """`layer`, whose gradient keeps what `remat` says; the values are the same.
 
+    Weights that were put together for use are never kept: all layers' at once would be a whole model on every device.
+
     Args:
       scanned: a loop's body needs no guard against the compiler's merging both computations.
     """
     check_remat(remat)
     if remat == "none":
-        return layer
+        if not is_cut_by_fsdp():
+            return layer
+        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
     return jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=not scanned)

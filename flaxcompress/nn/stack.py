@@ -25,6 +25,7 @@ from flaxcompress.nn.deltas import init_deltas, layer_variables
 from flaxcompress.nn.layer import Layer
 from flaxcompress.nn.linear import INPUTS
 from flaxcompress.nn.linformer import linformer_of, shares_one
+from flaxcompress.nn.logical import part_put_together
 from flaxcompress.nn.remat import rematerialised
 
 Record = Callable[[Any, Any], Any]
@@ -194,7 +195,8 @@ class Stack(nn.Module):
             run = layers[part][runs[part]]
             local = [number - int(runs[part]) for number in getattr(config.sharing, part)[first:last]]
             if tree.run_length(run) == 1:
-                closed[part] = jax.tree.map(lambda leaf: leaf[0], run)
+                at = f"{self.prefix}layers/{int(runs[part])}/{part}"
+                closed[part] = part_put_together(config, at, jax.tree.map(lambda leaf: leaf[0], run))
             elif local == list(range(tree.run_length(run))):
                 scanned[part] = run
             else:

@@ -20,6 +20,7 @@ from flaxcompress.nn.embedding import Embedding
 from flaxcompress.nn.heads import BY_TOKEN, HEADS, HeadInputs, Pooler
 from flaxcompress.nn.image_embedding import ImageEmbedding
 from flaxcompress.nn.linformer import SequenceProjection, shares_one
+from flaxcompress.nn.logical import constrain
 from flaxcompress.nn.packs import check_packs, first_places, same_document
 from flaxcompress.nn.relative_bias import RelativeBias
 from flaxcompress.nn.stack import Record, Stack
@@ -123,13 +124,14 @@ class Transformer(nn.Module):
                 assert out is not None, "ids of the encoder or of the decoder"
                 return out
             seen = None if out is None else Memory(out.last_hidden_state, mask)
-            rows = take(self.embedding.token, decoder_ids)
+            rows = take(self.embedding.used("token"), decoder_ids)
             after = self.decoder.body(decoder_ids, decoder_mask, cache=cache, vectors=rows, memory=seen, **need)
             out = after._replace(encoder=out)
         if config.head == "none" or not (need_logits or self.is_initializing()):
             return out
         x, tokens = out.last_hidden_state, (ids, mask) if config.decoder is None else (decoder_ids, decoder_mask)
-        given = HeadInputs(None if config.patches is not None else self.embedding.token, out.pooled, *tokens)
+        table = None if config.patches is not None else self.embedding.used("token")
+        given = HeadInputs(table, out.pooled, *tokens)
         if label_positions is not None:
             x = at_places(x, label_positions, config)
         return out._replace(logits=self.head(x[:, -1:] if last_logits else x, given))
@@ -194,7 +196,7 @@ class Transformer(nn.Module):
         """
         config = self.config
         if config.patches is not None:
-            x = self.embedding(ids, deterministic=deterministic)
+            x = constrain(self.embedding(ids, deterministic=deterministic), "batch", "length", None)
             return x, Context(sequence=self.sequence(x.shape[1]) if shares_one(config) else None), None
         length = ids.shape[1]
         positions, after, slots, first = None, None, None, None
@@ -211,6 +213,7 @@ class Transformer(nn.Module):
             real, places, after = seen(cache, config, mask, slots)
         more = {"deterministic": deterministic, "vectors": vectors, "features": features}
         x = self.embedding(ids, segments, positions=positions, first=first, **more)
+        x = constrain(x, "batch", "length", None)
         wide, near = real, None
         if config.causal or config.window:
             wide = both(real, sight(queries, places, causal=config.causal))
