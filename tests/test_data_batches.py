@@ -82,7 +82,7 @@ def take(batches, count):
 def test_a_saved_position_continues_exactly(task):
     """Cut at random places, with threads that have read ahead; across epochs."""
     make = TASKS[task]
-    whole = make(batch_size=8, seed=1)
+    whole = make(batch_size=8, seed=1, threads=0)
     count = 2 * whole.per_epoch + 5
     want = take(whole, count)
     rng = np.random.default_rng(0)
@@ -382,7 +382,7 @@ def test_images_are_mirrored_and_moved():
         (lambda: TASKS["spans"](batch_size=8, vocabulary=10), "the model's vocabulary has 10 entries"),
         (lambda: TASKS["translation"](batch_size=8, vocabulary=30), "the model's vocabulary has 30 entries"),
         (lambda: TASKS["classes"](batch_size=8, vocabulary=30), "the model's vocabulary has 30 entries"),
-        (lambda: classes(batch_size=8, classes=2), r"labels are 0 to 2 \(a, b, c\), but the model has 2 classes"),
+        (lambda: classes(batch_size=8, classes=2), r"labels are 0 to 2 \(a, b, c\), but the model has classes 0 to 1"),
         (lambda: image_batches(Images(PIXELS, LABELS[:50]), batch_size=8, classes=2), "up to 2, but the model has 2"),
         (lambda: image_batches(Images(PIXELS, LABELS[:50]), batch_size=8, shift=5), "shift must be 0 to 4, got 5"),
         (lambda: image_batches(Images(PIXELS, LABELS), batch_size=8), "50 images, but labels of shape"),
@@ -393,6 +393,7 @@ def test_images_are_mirrored_and_moved():
             "process_index must be 0 to 1, got 2",
         ),
         (lambda: TASKS["causal"](batch_size=8, epochs=0), "epochs must be at least 1"),
+        (lambda: TASKS["causal"](batch_size=8, seed=-1), "seed must be 0 or more, got -1"),
         (lambda: TASKS["causal"](batch_size=0), "batch_size must be at least 1"),
         (lambda: causal_lm_batches(TEXTS, DECODER, length=0, batch_size=8), "length must be at least 1, got 0"),
         (lambda: masked_lm_batches(TEXTS, ENCODER, length=2, batch_size=8), "leaves no room beside 2 special tokens"),

@@ -68,11 +68,11 @@ class Packing:
     """
 
     def __init__(self, lengths: Int[np.ndarray, " n"], limit: int):
-        patterns = pack_lengths(lengths, limit)
         lengths = np.asarray(lengths, np.int64)
+        patterns = pack_lengths(lengths, limit)
         self._by_length = np.argsort(lengths, kind="stable")  # examples, sorted by their lengths
-        sizes = np.array([len(row) for many, row in patterns for _ in range(many)], np.int64)
-        slots = np.array([size for many, row in patterns for _ in range(many) for size in row], np.int64)
+        sizes = np.repeat([len(row) for _, row in patterns], [many for many, _ in patterns])
+        slots = np.concatenate([np.tile(row, many) for many, row in patterns] or [np.zeros(0, np.int64)])
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self._slots = np.argsort(slots, kind="stable")  # places, sorted by the lengths that belong there
         self._lengths = lengths[self._by_length]
