@@ -217,7 +217,10 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
 
 
 def _grain_iterator(steps: _Steps, threads: int, prefetch: int) -> Any:
-    import grain  # takes seconds to import: only when batches are made
+    try:
+        import grain  # takes seconds to import: only when batches are made
+    except ImportError:
+        raise ValueError("training data is read through grain: pip install 'flaxcompress[train]'") from None
 
     if not threads or not prefetch:
         threads = prefetch = 0

@@ -34,7 +34,7 @@ def cut_documents(places: Int[np.ndarray, " D+1"], limit: int, *, overlap: int =
     Args:
       overlap: so many tokens at a chunk's end are also the first of the next (1 for language models, in which every
         token but a document's last is an input once, and every one but its first a target).
-      least: shorter chunks are left out.
+      least: a shorter rest gets tokens of the chunk before it (where that is long enough); shorter ones are left out.
     """
     if limit <= overlap:
         raise ValueError(f"chunks: a limit above {overlap} is needed, got {limit}")
@@ -45,6 +45,10 @@ def cut_documents(places: Int[np.ndarray, " D+1"], limit: int, *, overlap: int =
     number = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)  # of a chunk in its document
     starts = np.repeat(begins, counts) + number * step
     stops = np.minimum(starts + limit, np.repeat(ends, counts))
+    short = np.flatnonzero((stops - starts < least) & (number > 0) & (limit >= 2 * least))
+    missing = least - (stops - starts)[short]
+    starts[short] -= missing
+    stops[short - 1] -= missing
     kept = stops - starts >= max(least, overlap + 1)
     return Chunks(starts[kept], stops[kept])
 

@@ -52,8 +52,9 @@ class Corpus:
         lines; else a mark, such as "<|endoftext|>".
       max_bad_lines: so many lines that cannot be read (invalid UTF-8, damaged json, rows that do not fit the header)
         are skipped, with one warning that says where the first are.
-      cache: a folder where the tokens of files are kept, and found again while files and tokenizer stay the same; they
-        are then read from there, not held in memory. Processes may share it.
+      cache: a folder where the tokens of files are kept, and found again while files and tokenizer stay the same (those
+        of the Hub's data sets by their names alone); they are then read from there, not held in memory. Processes may
+        share it.
     """
 
     source: Source

@@ -54,7 +54,8 @@ def choose_words(
       room: how many words there are from each one to the end of its segment.
     """
     order = rng.permutation(len(sizes)).tolist()
-    lengths = rng.choice(np.arange(1, longest + 1), size=len(sizes), p=ngram_shares(longest)).tolist()
+    bounds = np.cumsum(ngram_shares(longest))[:-1]  # a random number lies beyond n - 1 of them for a run of n words
+    lengths = (np.searchsorted(bounds, rng.random(len(sizes)), side="right") + 1).tolist()
     tokens, until = sizes.tolist(), room.tolist()
     taken = [False] * len(tokens)
     found: list[tuple[int, int]] = []
@@ -81,14 +82,16 @@ def word_spans(starts: Bool[np.ndarray, " T"], inside: Integer[np.ndarray, " T"]
       starts: whether a token begins a word.
       inside: the number of each token's segment, from 1; 0 for special tokens, which belong to no word.
     """
-    new = np.diff(inside, prepend=0) != 0
-    begins = np.flatnonzero((starts | new) & (inside > 0))
-    ends = np.append(begins[1:], len(inside))
-    covered = np.concatenate([[0], np.cumsum(inside > 0)])
-    sizes = covered[ends] - covered[begins]
+    real = inside > 0
+    first, last = real & starts, real.copy()
+    first[0], last[-1] = real[0], real[-1]
+    first[1:] |= real[1:] & (inside[1:] != inside[:-1])
+    last[:-1] &= first[1:] | ~real[1:]
+    begins = np.flatnonzero(first)
+    sizes = np.flatnonzero(last) - begins + 1
     segments = inside[begins]
-    last = np.searchsorted(segments, segments, side="right")  # segments are numbered in their order
-    return begins, sizes, last - np.arange(len(begins))
+    after = np.searchsorted(segments, segments, side="right")  # segments are numbered in their order
+    return begins, sizes, after - np.arange(len(begins))
 
 
 def mask_row(

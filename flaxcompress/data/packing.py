@@ -45,13 +45,14 @@ def pack_lengths(lengths: Int[np.ndarray, " n"], limit: int) -> list[tuple[int, 
         while count and (place := bisect.bisect_left(rooms, size)) < len(rooms):
             room = rooms[place]
             row, many = rows[room].popitem()
-            used = min(many, count)
+            each = min(room // size, count)  # the row just added to is the fullest, while it has room
+            used = min(many, count // each)
             if many > used:
                 rows[room][row] = many - used
             if not rows[room]:
                 del rows[room], rooms[place]
-            put(room - size, (*row, size), used)
-            count -= used
+            put(room - each * size, (*row, *(size,) * each), used)
+            count -= each * used
         each = limit // size  # rows of this length alone
         if count >= each:
             put(limit - each * size, (size,) * each, count // each)
@@ -67,11 +68,11 @@ class Packing:
     """
 
     def __init__(self, lengths: Int[np.ndarray, " n"], limit: int):
-        patterns = pack_lengths(lengths, limit)
         lengths = np.asarray(lengths, np.int64)
+        patterns = pack_lengths(lengths, limit)
         self._by_length = np.argsort(lengths, kind="stable")  # examples, sorted by their lengths
-        sizes = np.array([len(row) for many, row in patterns for _ in range(many)], np.int64)
-        slots = np.array([size for many, row in patterns for _ in range(many) for size in row], np.int64)
+        sizes = np.repeat([len(row) for _, row in patterns], [many for many, _ in patterns])
+        slots = np.concatenate([np.tile(row, many) for many, row in patterns] or [np.zeros(0, np.int64)])
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self._slots = np.argsort(slots, kind="stable")  # places, sorted by the lengths that belong there
         self._lengths = lengths[self._by_length]

@@ -43,6 +43,8 @@ class Plan:
     def __init__(self, buckets: Sequence[int] | np.ndarray | Packing, *, batch_size: int, seed: int, shuffle: bool):
         if batch_size < 1:
             raise ValueError(f"batches: batch_size must be at least 1, got {batch_size}")
+        if seed < 0:
+            raise ValueError(f"batches: seed must be 0 or more, got {seed}")
         self._packing = buckets if isinstance(buckets, Packing) else None
         self._buckets = np.zeros(buckets.rows, np.int64) if isinstance(buckets, Packing) else np.asarray(buckets)
         if not len(self._buckets):

@@ -69,8 +69,9 @@ class RowWriter:
     def add(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> None:
         """Adds texts, or pairs of texts."""
         for encoding in self._tokenizer.encode_batch(list(texts)):
-            check_vocabulary(max(encoding.ids, default=0), self._vocabulary)
-            self._ids.extend([*encoding.ids, *self._end])
+            ids = [*encoding.ids, *self._end]
+            check_vocabulary(max(ids, default=0), self._vocabulary)
+            self._ids.extend(ids)
             self._types.extend([*encoding.type_ids, *(0 for _ in self._end)])
             self._starts.append(len(self._ids))
             self._cut += bool(encoding.overflowing)

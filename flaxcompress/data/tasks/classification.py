@@ -51,16 +51,18 @@ def classification_batches(
     if len(found.texts) != len(found.labels):
         raise ValueError(f"classification_batches: {len(found.texts)} texts, but {len(found.labels)} labels")
     whole = np.issubdtype(found.labels.dtype, np.integer)
-    if classes is not None and whole and not 0 <= found.labels.min() <= (highest := found.labels.max()) < classes:
+    labels = found.labels.astype(np.int32 if whole else np.float32)
+    lowest, highest = labels.min(initial=0), labels.max(initial=0)
+    if whole and (lowest < 0 or (classes is not None and highest >= classes)):
         raise ValueError(
-            f"classification_batches: labels are {found.labels.min()} to {highest} ({', '.join(found.names)}), but the "
-            f"model has {classes} classes"
+            f"classification_batches: labels are {lowest} to {highest} ({', '.join(found.names)}), but the model has "
+            f"classes 0 to {(classes or highest + 1) - 1}"
         )
     writer = RowWriter(assets, length, vocabulary=vocabulary)
     for chunk in chunked(found.texts):
         writer.add(chunk)
     rows, lengths = writer.done(), make_buckets(length, buckets)
-    make = _Make(rows, found.labels, lengths, padding_id(assets, pad))
+    make = _Make(rows, labels, lengths, padding_id(assets, pad))
     return planned_batches(find_buckets(rows.lengths, lengths), make, batch_size=batch_size, seed=seed, **options)
 
 

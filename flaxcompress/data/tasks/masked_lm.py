@@ -13,7 +13,23 @@ from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, 
 from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.chunks import Chunks, join_units
 from flaxcompress.data.documents import Corpus, Source, as_corpus
-from flaxcompress.data.frame import Frame, find_frame, need_special_id, padding_id, special_ids, whole_tokenizer
+from flaxcompress.data.frame import (
+    Frame,
+    check_vocabulary,
+    find_frame,
+    need_special_id,
+    padding_id,
+    special_ids,
+    whole_tokenizer,
+)
+    Frame,
+    check_vocabulary,
+    find_frame,
+    need_special_id,
+    padding_id,
+    special_ids,
+    whole_tokenizer,
+)
 from flaxcompress.data.masking import mask_row, masked_count, ngram_shares
 from flaxcompress.data.packing import Packing
 from flaxcompress.data.sentence_order import NO_PAIR, inner_borders, split_pair
@@ -69,6 +85,7 @@ def masked_lm_batches(
     ngram_shares(ngram)
     mask = need_special_id(assets, "mask", "masked language modelling")
     frame = find_frame(assets)
+    check_vocabulary(max(mask, *frame.before, *frame.after, *frame.first, *frame.middle, *frame.last), vocabulary)
     specials = frame.pair_size if sentence_order else frame.single_size
     if length <= specials:
         raise ValueError(f"masked_lm_batches: length {length} leaves no room beside {specials} special tokens")
