@@ -22,14 +22,6 @@ from flaxcompress.data.frame import (
     special_ids,
     whole_tokenizer,
 )
-    Frame,
-    check_vocabulary,
-    find_frame,
-    need_special_id,
-    padding_id,
-    special_ids,
-    whole_tokenizer,
-)
 from flaxcompress.data.masking import mask_row, masked_count, ngram_shares
 from flaxcompress.data.packing import Packing
 from flaxcompress.data.sentence_order import NO_PAIR, inner_borders, split_pair
