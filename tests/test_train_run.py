@@ -12,8 +12,10 @@ import pytest
 from flaxcompress import cli, tree
 from flaxcompress.config.yaml_file import dump_yaml, read_yaml, with_changes
 from flaxcompress.folder import load
+from flaxcompress.train import outputs
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.metrics import read_metrics
+from flaxcompress.train.outputs import Outputs
 from flaxcompress.train.run import run
 
 WORDS = ["the", "a", "one", "two", "red", "blue", "green", "small", "large", "old", "new", "cat", "dog", "tree"]
@@ -232,3 +234,33 @@ def test_a_trace_is_written(texts, tmp_path):
     path = written(tmp_path, small(texts, out, training__evaluate_every=0))
     assert call(path, "--profile") == 0
     assert list((out / "profile").rglob("*.xplane.pb"))
+
+
+def test_teacher_and_student_need_one_tokenizer(texts, tmp_path):
+    run(TrainConfig.from_dict(small(texts, tmp_path / "teacher", training__steps=1, training__evaluate_every=0)))
+    settings = small(texts, tmp_path / "student", task=f"{{name: distill, teacher: {tmp_path / 'teacher' / 'model'}}}")
+    settings["tokenizer"]["vocabulary"] = 80
+    with pytest.raises(ValueError, match=r"task/teacher: .* need the same tokenizer"):
+        run(TrainConfig.from_dict(settings))
+
+
+def test_an_address_gets_copies_and_gives_them_back(tmp_path, monkeypatch):
+    """Stands in for a bucket: addresses are mapped to a folder."""
+    from etils import epath
+
+    place = lambda name: epath.Path(str(name).replace("bucket://", f"{tmp_path}/"))  # noqa: E731
+    monkeypatch.setattr(outputs, "_path", place)
+    with Outputs("bucket://run") as first:
+        (first.folder / "metrics.jsonl").write_text("1", "utf-8")
+        (first.folder / "tokenizer").mkdir()
+        (first.folder / "tokenizer" / "vocab.txt").write_text("a", "utf-8")
+        first.copy_now_and_then()
+        assert not (tmp_path / "run").exists()  # not yet
+    assert not first.folder.exists() and (tmp_path / "run" / "metrics.jsonl").read_text("utf-8") == "1"
+    with Outputs("bucket://run") as second:
+        assert (second.folder / "tokenizer" / "vocab.txt").read_text("utf-8") == "a"
+        (second.folder / "report.json").write_text("{}", "utf-8")
+    assert (tmp_path / "run" / "report.json").exists()
+    with Outputs("bucket://run", writes=False) as other:
+        (other.folder / "report.json").write_text("other", "utf-8")
+    assert (tmp_path / "run" / "report.json").read_text("utf-8") == "{}"

@@ -46,6 +46,8 @@ class Train(Verb):
 
         join_cluster()  # before anything uses a device
 
+        import jax
+
         from flaxcompress.train.config import TrainConfig
         from flaxcompress.train.loop import Stopped
         from flaxcompress.train.run import run
@@ -56,5 +58,8 @@ class Train(Verb):
             report = run(config, allow_changes=self.allow_config_change, progress=True, profile=self.profile)
         except Stopped as stop:
             raise Ended(f"{stop}; give the same command again to go on from there", self.stopped_status) from None
+        first = jax.process_index() == 0
         leave_cluster()
+        if not first:  # one table is enough
+            return ""
         return with_caption(report.table(), f"written to {config.out}: model/, report.html, metrics.jsonl")

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 
 from flaxcompress.config.yaml_file import read_yaml
 from flaxcompress.data.batches import PlannedBatches
+from flaxcompress.data.frame import whole_tokenizer
 from flaxcompress.folder import load, save
+from flaxcompress.model import Model
 from flaxcompress.storage import write_files
 from flaxcompress.train.cluster import same_everywhere
 from flaxcompress.train.config import FILE, TrainConfig
@@ -60,6 +62,8 @@ def run(
         mesh = _mesh(config)
         model = make_model(config, data, outputs.folder, key=jax.random.fold_in(key, 0))
         objective = make_objective(config)
+        if isinstance(objective, Distill):
+            _check_teacher(objective.teacher, model)
         batches = ShapedBatches(data.train(model.assets, model.config))
         validation = None
         if config.data.validation:
@@ -113,6 +117,19 @@ def make_objective(config: TrainConfig) -> Objective:
         weights = {n: getattr(task, n) for n in ("cosine", "hidden", "logits", "temperature")}
         return Distill(teacher=load(task.teacher), **weights)
     return NextToken(label_smoothing=getattr(task, "label_smoothing", 0.0), z_loss=z_loss)
+
+
+def _check_teacher(teacher: Model, model: Model) -> None:
+    theirs, ours = teacher.config.vocabulary, model.config.vocabulary
+    if theirs != ours or (teacher.assets.has_tokenizer and _pieces(teacher) != _pieces(model)):
+        raise ValueError(
+            f"task/teacher: teacher ({theirs} tokens) and student ({ours}) need the same tokenizer; set it to the "
+            "teacher's folder"
+        )
+
+
+def _pieces(model: Model) -> dict[str, int]:
+    return whole_tokenizer(model.assets).get_vocab(with_added_tokens=True)
 
 
 def _begin(folder: Path, config: TrainConfig, allow_changes: bool) -> None:
