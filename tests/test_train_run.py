@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -11,12 +16,14 @@ import pytest
 
 from flaxcompress import cli, tree
 from flaxcompress.config.yaml_file import dump_yaml, read_yaml, with_changes
-from flaxcompress.folder import load
+from flaxcompress.folder import load, save
 from flaxcompress.train import outputs
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.metrics import read_metrics
 from flaxcompress.train.outputs import Outputs
 from flaxcompress.train.run import run
+from flaxcompress.train.task_data import task_data
+from flaxcompress.train.task_model import make_model
 
 WORDS = ["the", "a", "one", "two", "red", "blue", "green", "small", "large", "old", "new", "cat", "dog", "tree"]
 WORDS += ["house", "river", "bird", "stone", "sees", "finds", "likes"]
@@ -64,6 +71,14 @@ def arrays(folder):
     return {name: np.asarray(x) for name, x in tree.flatten(load(folder).params).items()}
 
 
+@pytest.fixture(scope="module")
+def checkpoint(texts, tmp_path_factory):
+    """The model that a run with `small`'s settings starts with, saved."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = TrainConfig.from_dict(small(texts, folder / "run"))
+    return save(make_model(config, task_data(config), folder, key=jax.random.key(0)), folder / "model")
+
+
 def call(path, *arguments):
     return cli.main(["train", str(path), *arguments])
 
@@ -95,6 +110,7 @@ def test_pretraining_leaves_a_model_and_a_report(texts, tmp_path, capsys):
     assert "pretraining" in (out / "model" / "config.json").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(texts, tmp_path, monkeypatch, capsys):
     """Stopped by SIGTERM after a step, and given again: the same weights, and every step in the metrics once."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -124,11 +140,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(texts, tmp_path, monkeyp
     assert losses[0] == losses[1]
 
 
-def test_fine_tuning_a_checkpoint_to_classes(texts, tmp_path):
-    run(TrainConfig.from_dict(small(texts, tmp_path / "first", training__steps=1, training__evaluate_every=0)))
-    settings = small(texts, tmp_path / "second", task="{name: classification}", model__config="null")
+@pytest.mark.slow
+def test_fine_tuning_a_checkpoint_to_classes(texts, checkpoint, tmp_path):
+    settings = small(texts, tmp_path / "second", task="{name: classification}")
     del settings["tokenizer"]
-    settings["model"] = {"load": str(tmp_path / "first" / "model")}
+    settings["model"] = {"load": str(checkpoint)}
     settings["data"] |= {"train": str(texts / "train.tsv"), "validation": str(texts / "validation.tsv")}
     report = run(TrainConfig.from_dict(settings))
     model = load(tmp_path / "second" / "model")
@@ -147,7 +163,7 @@ TASKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
-def test_other_tasks(texts, tmp_path, name):
+def test_other_tasks(texts, checkpoint, tmp_path, name):
     settings = small(texts, tmp_path / "run", **TASKS[name], training__steps=2, training__evaluate_every=2)
     fields = settings["model"]["config"]
     del fields["embedding_width"]
@@ -165,10 +181,8 @@ def test_other_tasks(texts, tmp_path, name):
         fields |= {"patches": {"size": 4, "channels": 1, "height": 8, "width": 8}, "positions": 5}
         settings["data"] = {part: str(texts / f"{part}.npz") for part in ("train", "validation")} | {"threads": 0}
     if name == "distill":
-        teacher = tmp_path / "teacher"
-        run(TrainConfig.from_dict(small(texts, teacher, training__steps=1, training__evaluate_every=0)))
-        settings["task"]["teacher"] = str(teacher / "model")
-        settings["model"] = {"load": str(teacher / "model")}
+        settings["task"]["teacher"] = str(checkpoint)
+        settings["model"] = {"load": str(checkpoint)}
         del settings["tokenizer"]
     report = run(TrainConfig.from_dict(settings))
     assert report.steps == 2 and np.isfinite(report.last()["validation/loss"])
@@ -184,6 +198,7 @@ def test_other_tasks(texts, tmp_path, name):
     )
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused_and_named(texts, tmp_path, capsys):
     out = tmp_path / "run"
     path = written(tmp_path, small(texts, out, training__steps=2, training__evaluate_every=0))
@@ -229,6 +244,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(texts, tmp_path, capsy
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
 
+@pytest.mark.slow
 def test_a_trace_is_written(texts, tmp_path):
     out = tmp_path / "run"
     path = written(tmp_path, small(texts, out, training__evaluate_every=0))
@@ -236,9 +252,8 @@ def test_a_trace_is_written(texts, tmp_path):
     assert list((out / "profile").rglob("*.xplane.pb"))
 
 
-def test_teacher_and_student_need_one_tokenizer(texts, tmp_path):
-    run(TrainConfig.from_dict(small(texts, tmp_path / "teacher", training__steps=1, training__evaluate_every=0)))
-    settings = small(texts, tmp_path / "student", task=f"{{name: distill, teacher: {tmp_path / 'teacher' / 'model'}}}")
+def test_teacher_and_student_need_one_tokenizer(texts, checkpoint, tmp_path):
+    settings = small(texts, tmp_path / "student", task=f"{{name: distill, teacher: {checkpoint}}}")
     settings["tokenizer"]["vocabulary"] = 80
     with pytest.raises(ValueError, match=r"task/teacher: .* need the same tokenizer"):
         run(TrainConfig.from_dict(settings))
@@ -264,3 +279,47 @@ def test_an_address_gets_copies_and_gives_them_back(tmp_path, monkeypatch):
     with Outputs("bucket://run", writes=False) as other:
         (other.folder / "report.json").write_text("other", "utf-8")
     assert (tmp_path / "run" / "report.json").read_text("utf-8") == "{}"
+
+
+def start(path, *arguments, **environment):
+    """`flaxcompress train` in a process of its own."""
+    command = [sys.executable, "-m", "flaxcompress", "train", str(path), *arguments]
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "XLA_FLAGS")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.Popen(
+        command, env={**rest, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_end(texts, checkpoint, tmp_path):
+    tokenizer = f"tokenizer={checkpoint}"
+    assert start(written(tmp_path, small(texts, tmp_path / "whole")), tokenizer).wait() == 0
+    path, lines = written(tmp_path, small(texts, tmp_path / "parts")), tmp_path / "parts" / "metrics.jsonl"
+    killed = start(path, tokenizer)
+    while killed.poll() is None and not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    again = start(path, tokenizer)
+    said = again.communicate()[0]
+    assert again.returncode == 0, said
+    want, got = arrays(tmp_path / "whole" / "model"), arrays(tmp_path / "parts" / "model")
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    assert [row["step"] for row in read_metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_two_processes_find_each_other_and_write_one_folder(texts, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    path = written(tmp_path, small(texts, tmp_path / "run", training__steps=2, training__evaluate_every=2))
+    known = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    pair = [start(path, "--mesh", "data=2", **known, JAX_PROCESS_ID=str(number)) for number in (0, 1)]
+    said = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert "2 steps" in said[0] and "2 steps" not in said[1]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+    assert load(tmp_path / "run" / "model").config.head == "pretraining"
