@@ -156,7 +156,7 @@ TASKS = {
     "causal": {"task": "{name: causal_lm}", "model__config__sharing": "own"},
     "corruption": {"task": "{name: span_corruption}", "tokenizer__vocabulary": 200},
     "translation": {"task": "{name: translation, label_smoothing: 0.0}"},
-    "images": {"task": "{name: images, flip: true}", "training__length": 5},
+    "images": {"task": "{name: images, flip: true}"},
     "distill": {"task": "{name: distill, teacher: TEACHER}"},
 }
 
@@ -178,7 +178,7 @@ def test_other_tasks(texts, checkpoint, tmp_path, name):
         settings["data"] = {**data, "threads": 0}
     if name == "images":
         del settings["tokenizer"]
-        fields |= {"patches": {"size": 4, "channels": 1, "height": 8, "width": 8}, "positions": 5}
+        fields |= {"patches": {"size": 4, "channels": 1, "height": 8, "width": 8}}
         settings["data"] = {part: str(texts / f"{part}.npz") for part in ("train", "validation")} | {"threads": 0}
     if name == "distill":
         settings["task"]["teacher"] = str(checkpoint)
@@ -234,6 +234,16 @@ def test_mistakes_are_one_line_and_status_2(texts, tmp_path, capsys, change):
     assert call(path, change) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(word in said for word in MISTAKES[change]), said
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_at_once_does_not_bind_the_next(texts, tmp_path, capsys):
+    path = written(tmp_path, small(texts, tmp_path / "run", training__steps=1, training__evaluate_every=0))
+    assert call(path, "training.length=3") == 2
+    tokenizer = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text("utf-8")
+    assert call(path, "tokenizer.vocabulary=80") == 0
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text("utf-8") != tokenizer
+    assert load(tmp_path / "run" / "model").config.vocabulary == 80
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(texts, tmp_path, capsys):

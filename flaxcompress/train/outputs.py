@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from flaxcompress import storage
 from flaxcompress.train.config import FILE
@@ -56,6 +57,12 @@ class Outputs:
         if self._local is not None:
             self._local.cleanup()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run there has left a checkpoint: without one, the next run starts anew."""
+        checkpoints = _path(self._remote or self.folder) / "checkpoints"
+        return checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir())
+
     def copy_now_and_then(self) -> None:
         """Copies what there is, if the last time was a while ago."""
         if self._remote is not None and time.monotonic() - self._copied > _EVERY_SECONDS:
@@ -69,13 +76,13 @@ class Outputs:
             self._copied = time.monotonic()
 
 
-def _path(address: str):
+def _path(address: Any) -> Any:
     from etils import epath
 
     return epath.Path(address)
 
 
-def _copy(source, target) -> None:
+def _copy(source: Any, target: Any) -> None:
     """A file, or a folder with all it holds; nothing where there is no such thing."""
     source, target = _path(source), _path(target)
     if source.is_dir():

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def run(
     """
     writes = jax.process_index() == 0
     with Outputs(config.out, writes=writes) as outputs:
-        same_everywhere(functools.partial(_begin, outputs.folder, config, allow_changes))
+        same_everywhere(functools.partial(_begin, outputs, config, allow_changes))
         data, training, key = task_data(config), config.training, jax.random.key(config.training.seed)
         mesh = _mesh(config)
         model = make_model(config, data, outputs.folder, key=jax.random.fold_in(key, 0))
@@ -132,23 +133,24 @@ def _pieces(model: Model) -> dict[str, int]:
     return whole_tokenizer(model.assets).get_vocab(with_added_tokens=True)
 
 
-def _begin(folder: Path, config: TrainConfig, allow_changes: bool) -> None:
-    """Compares the settings with those of an earlier run in the folder, and writes them there."""
-    path = folder / FILE
-    if path.is_file():
-        earlier = read_yaml(path)
-        if (changed := config.changed(earlier)) and not allow_changes:
-            raise ValueError(
-                f"{config.out}: the run there has other settings: {'; '.join(changed)}. Go on with the old ones, "
-                "choose another out, or add --allow-config-change"
-            )
-    write_files(folder, {FILE: config.to_yaml()})
+def _begin(outputs: Outputs, config: TrainConfig, allow_changes: bool) -> None:
+    """Compares the settings with those of a run that begun in the folder, and writes them there."""
+    path = outputs.folder / FILE
+    if not outputs.begun:  # what is left of a run that failed at once does not bind this one
+        shutil.rmtree(outputs.folder / "tokenizer", ignore_errors=True)
+    elif path.is_file() and (changed := config.changed(read_yaml(path))) and not allow_changes:
+        raise ValueError(
+            f"{config.out}: the run there has other settings: {'; '.join(changed)}. Go on with the old ones, "
+            "choose another out, or add --allow-config-change"
+        )
+    write_files(outputs.folder, {FILE: config.to_yaml()})
 
 
 def _mesh(config: TrainConfig) -> Mesh | None:
     """The mesh that the settings name; all devices in "data" where they name none, and none for a single device."""
     if config.mesh is not None:
-        return make_mesh(**parse_mesh(config.mesh))
+        sizes: dict[str, Any] = parse_mesh(config.mesh)
+        return make_mesh(**sizes)
     return make_mesh(data=jax.device_count()) if jax.device_count() > 1 else None
 
 

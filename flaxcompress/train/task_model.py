@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from flaxcompress import storage
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import ModelConfig, Patches
+from flaxcompress.config.part import part_reader
 from flaxcompress.data.frame import special_id
 from flaxcompress.data.train_tokenizer import train_tokenizer, vocabulary_size
 from flaxcompress.folder import load, resolve
@@ -25,6 +26,7 @@ from flaxcompress.train.tasks import CausalLMTask, ImagesTask, SpanCorruptionTas
 
 _SENTINELS = 100  # as T5 has
 _MASKED = ("masked_lm", "pretraining")
+_Read = TypeVar("_Read")
 
 
 def make_model(config: TrainConfig, data: TaskData, folder: Path, *, key: jax.Array) -> Model:
@@ -119,16 +121,19 @@ def _structure(config: TrainConfig, data: TaskData, assets: Assets | None) -> Mo
     if settings.architecture is not None:
         base = architecture(settings.architecture, head=head, classes=fields.get("classes"))
         kept = {"vocabulary": base.vocabulary} if fields.get("vocabulary", 0) <= base.vocabulary else {}
-        return _read({**base.to_json(), **fields, **kept, **given})
+        return _within_model(lambda: ModelConfig.from_json({**base.to_json(), **fields, **kept, **given}))
+    fields["positions"] = config.training.length
     if isinstance(task, ImagesTask):
-        fields |= {"vocabulary": 0, "segments": 0}
+        if not isinstance(given.get("patches"), Mapping):
+            raise ValueError("model/config: a model of images needs patches: {height, width, size, channels}")
+        patches = _within_model(lambda: part_reader(Patches)(given["patches"], "config/patches"))
+        fields |= {"vocabulary": 0, "segments": 0, "positions": 1 + patches.count}
     if isinstance(task, CausalLMTask):
         fields |= {"causal": True, "pooler": False, "segments": 0}
-    fields["positions"] = config.training.length
     if isinstance(given.get("decoder"), Mapping):
         fields |= {"pooler": False, "segments": 0}
         given["decoder"] = _decoder(given, config.training.length)
-    return _read({**fields, **given})
+    return _within_model(lambda: ModelConfig.from_json({**fields, **given}))
 
 
 def _decoder(given: Mapping[str, Any], length: int) -> dict[str, Any]:
@@ -143,9 +148,10 @@ def _decoder(given: Mapping[str, Any], length: int) -> dict[str, Any]:
     return {**fixed, **{name: given[name] for name in same if name in given}, **decoder}
 
 
-def _read(fields: Mapping[str, Any]) -> ModelConfig:
+def _within_model(read: Callable[[], _Read]) -> _Read:
+    """What `read` gives; its mistakes say that they are the model's."""
     try:
-        return ModelConfig.from_json(fields)
+        return read()
     except (ValueError, TypeError) as error:
         raise ValueError(f"model/{error}") from None
 
