@@ -24,7 +24,7 @@ def model_card(config: ModelConfig, assets: Assets, weight_bytes: int, report: M
     lines = [
         *head,
         "",
-        f"# {assets.source.rsplit('/', 1)[-1] or config.family}, compressed",
+        f"# {assets.source.rsplit('/', 1)[-1] or config.family}, {'trained' if 'training' in report else 'compressed'}",
         "",
         f"{weight_bytes / 1e6:.2f} MB of weights, made from {source} by flaxcompress.",
         *_sizes(report),

@@ -127,7 +127,7 @@ def test_muon_orthogonalizes_maps_in_layers_alone():
     kernels = step["layers"]["attention"]["000"]["query"]["kernel"]
     for kernel in kernels:  # 0.2·√max(n, m) times singular values between 0.5 and 1.5, the iteration's range
         values = np.linalg.svd(np.asarray(kernel), compute_uv=False) / (0.2 * np.sqrt(6))
-        assert 0.4 < values.min() and values.max() < 1.6
+        assert values.min() > 0.4 and values.max() < 1.6
     adam = run(optax.adam(RATE), {"token": params["embedding"]["token"]}, [{"token": gradient["embedding"]["token"]}])
     assert_near(moved["embedding"]["token"], adam[0]["token"])
 
@@ -158,10 +158,8 @@ def apart(params, name):
 def test_stacked_layers_move_as_they_would_one_by_one(name):
     """The optimizer sees the matrices of a stack: equal to the same settings on a tree where none is stacked."""
     params = stacked_params()
-    gradients = [
-        jax.tree_util.tree_map_with_path(lambda path, leaf: draw(leaf.shape, len(str(path)) + i), params)
-        for i in range(3)
-    ]
+    leaves, structure = jax.tree.flatten(params)
+    gradients = [structure.unflatten([draw(x.shape, 100 * i + n) for n, x in enumerate(leaves)]) for i in range(3)]
     transform = Optimizer(
         name=name, learning_rate=RATE, weight_decay=0.1, schedule="constant", warmup=0, clip=None
     ).build(9)
@@ -211,7 +209,7 @@ def test_schedules(name, at_warmup_end, at_end):
     np.testing.assert_allclose(float(rate(5)), 1.0, rtol=1e-6)
     np.testing.assert_allclose([rate(10), rate(100)], [2.0 * at_warmup_end, 2.0 * at_end], rtol=1e-5)
     values = [float(rate(step)) for step in range(10, 101)]
-    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+    assert values == sorted(values, reverse=True)
 
 
 def test_wsd_stays_and_then_falls():
@@ -251,5 +249,5 @@ def test_settings_that_make_no_sense(settings, words):
 
 
 def test_a_warmup_as_long_as_the_run():
-    with pytest.raises(ValueError, match="warmup of 100 steps.*run of 100"):
+    with pytest.raises(ValueError, match=r"warmup of 100 steps.*run of 100"):
         Optimizer(warmup=100).build(100)

@@ -35,6 +35,14 @@ def test_yaml_blocks_are_recipes():
         assert fc.Recipe.from_yaml(text).steps
 
 
+def test_the_training_settings_are_read():
+    from flaxcompress.config.yaml_file import parse_yaml
+    from flaxcompress.train.config import TrainConfig
+
+    (text,) = (block for block in blocks("text") if block.startswith("model:"))
+    assert TrainConfig.from_dict(parse_yaml(text, "README.md")).task.head == "pretraining"
+
+
 def test_every_command_shown_exists():
     from flaxcompress.cli import main
     from flaxcompress.cli.verbs import VERBS

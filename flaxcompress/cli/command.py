@@ -35,6 +35,18 @@ class Verb:
         raise NotImplementedError
 
 
+class Ended(Exception):
+    """The work ended before it was done, as somebody asked; the message says how to go on.
+
+    Attributes:
+      status: the exit status.
+    """
+
+    def __init__(self, message: str, status: int = 0):
+        super().__init__(message)
+        self.status = status
+
+
 class Failure(Exception):
     """Something went wrong that is not the caller's mistake, and whose message says all there is to say."""
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from flaxcompress.cli.command import PROGRAM, Failure
+from flaxcompress.cli.command import PROGRAM, Ended, Failure
 from flaxcompress.cli.parse import parse
 from flaxcompress.cli.process import ask_for_huge_pages, interruptible, keep_freed_memory, quiet
 
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = "; run the same command again to go on from the last checkpoint" if verb.resumes else ""
             _say(f"interrupted{hint}")
             return FAILED
+        except Ended as end:
+            _say(str(end))
+            return end.status
         except Exception as error:
             if verb.debug:
                 traceback.print_exc()

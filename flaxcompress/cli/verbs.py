@@ -11,10 +11,12 @@ from flaxcompress.cli.export import Export
 from flaxcompress.cli.generate import Generate
 from flaxcompress.cli.inspect import Inspect
 from flaxcompress.cli.plan import Plan
+from flaxcompress.cli.train import Train
 
 VERBS: dict[str, type[Verb]] = {
     "inspect": Inspect,
     "compress": Compress,
+    "train": Train,
     "evaluate": Evaluate,
     "encode": Encode,
     "generate": Generate,

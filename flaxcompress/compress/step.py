@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,7 +11,8 @@ import jax
 import numpy as np
 
 from flaxcompress.compress.calibrate import Calibration
-from flaxcompress.config import ModelConfig, closest, reject_unknown
+from flaxcompress.config import ModelConfig, closest
+from flaxcompress.config.typed import read_settings
 from flaxcompress.model import Model
 
 
@@ -116,70 +115,4 @@ def step_from_json(data: Mapping[str, Any], where: str = "recipe") -> Step:
     name, settings = next(iter(data.items()))
     if name not in _STEPS:
         raise ValueError(f"{where}: unknown step {name!r}; {closest(str(name), _STEPS)}")
-    return _build(_STEPS[name], settings or {}, f"{where}/{name}")
-
-
-def _build(cls: Any, settings: Any, where: str) -> Any:
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"{where}: expected settings as key: value, got {settings!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    reject_unknown(where, settings, fields)
-    hints = typing.get_type_hints(cls)
-    values = {k: _convert(v, hints[k], f"{where}/{k}") for k, v in settings.items()}
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} must be given")
-    return cls(**values)
-
-
-def _is_name(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Literal
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Checks a YAML value against a type hint; whole floats become ints, lists become tuples, objects dataclasses."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for option in args:
-            if option is type(None):
-                continue
-            try:
-                return _convert(value, option, where)
-            except ValueError as error:
-                errors.append(str(error))
-        text = [
-            e for option, e in zip([o for o in args if o is not type(None)], errors, strict=True) if _is_name(option)
-        ]
-        raise ValueError(text[0] if text and isinstance(value, str) else errors[0])
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
-        return tuple(_convert(v, args[0], f"{where}/{i}") for i, v in enumerate(value))
-    if origin is typing.Literal:
-        if value not in args:
-            raise ValueError(f"{where}: {value!r} is not allowed; {closest(str(value), map(str, args))}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    hint_name = getattr(hint, "__name__", str(hint))
-    written = f"; write it as {float(value)!r}" if hint is float and _reads_as_float(value) else ""
-    raise ValueError(f"{where}: expected {hint_name}, got {value!r}{written}")
-
-
-def _reads_as_float(value: Any) -> bool:
-    """YAML takes 1e-3 for a string."""
-    try:
-        return isinstance(value, str) and bool(float(value) or True)
-    except ValueError:
-        return False
+    return read_settings(_STEPS[name], settings or {}, f"{where}/{name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def parts(report: Report) -> Any:
     """Megabytes of each part before and after, as paired bars."""
     sides = [{p["part"]: p["bytes"] / 1e6 for p in report.parts[side]} for side in ("before", "after")]
     names = list(dict.fromkeys([*sides[0], *sides[1]]))
-    figure, axes = _figure(0.55 * len(names) + 1.2)
+    figure, axes = figure_of(0.55 * len(names) + 1.2)
     for side, label, color, offset in ((sides[0], "before", _BEFORE, -0.2), (sides[1], "after", _AFTER, 0.2)):
         values = [side.get(name, 0.0) for name in names]
         bars = axes.barh(np.arange(len(names)) + offset, values, height=0.38, color=color, label=label)
@@ -61,7 +62,7 @@ def spectra(report: Report) -> Any:
     """Singular values against their number, each relative to its largest; a dot at the chosen rank."""
     import matplotlib
 
-    figure, axes = _figure(4.2)
+    figure, axes = figure_of(4.2)
     shown = report.spectra[:_MOST_SPECTRA]
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, max(len(shown), 1)))
     for spectrum, color in zip(shown, colors, strict=False):
@@ -84,25 +85,29 @@ def spectra(report: Report) -> Any:
 
 def healing(report: Report) -> Any:
     """The loss by step: raw, and smoothed over a twentieth of the run."""
-    rows = [(row["step"], row["loss"]) for row in report.healing if row["loss"] is not None]
-    step, loss = np.array(rows, np.float64).T
-    smoothed = smooth(loss)
-    keep = np.unique(np.linspace(0, len(step) - 1, min(len(step), _MOST_POINTS)).round().astype(int))
-    figure, axes = _figure(3.4)
-    axes.plot(step[keep], loss[keep], color=_RAW, linewidth=1, marker="." if len(keep) < 3 else None, label="raw")
-    axes.plot(step[keep], smoothed[keep], color=_AFTER, linewidth=2, label="smoothed")
-    if loss.min() > 0 and loss.max() > 20 * loss.min():
-        axes.set_yscale("log")
-    axes.set_xlabel("step")
+    figure, axes = figure_of(3.4)
+    raw_and_smooth(axes, [(row["step"], row["loss"]) for row in report.healing if row["loss"] is not None])
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
     return figure
 
 
+def raw_and_smooth(axes: Any, points: Sequence[tuple[int, float]]) -> None:
+    """Draws a noisy curve of (step, value): as it is, and smoothed over a twentieth of it."""
+    step, value = np.array(points, np.float64).T
+    smoothed = smooth(value)
+    keep = np.unique(np.linspace(0, len(step) - 1, min(len(step), _MOST_POINTS)).round().astype(int))
+    axes.plot(step[keep], value[keep], color=_RAW, linewidth=1, marker="." if len(keep) < 3 else None, label="raw")
+    axes.plot(step[keep], smoothed[keep], color=_AFTER, linewidth=2, label="smoothed")
+    if value.min() > 0 and value.max() > 20 * value.min():
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+
+
 def steps(report: Report) -> Any:
     """Seconds of each step."""
     seconds = [step["seconds"] for step in report.steps]
-    figure, axes = _figure(0.4 * len(seconds) + 1.1)
+    figure, axes = figure_of(0.4 * len(seconds) + 1.1)
     bars = axes.barh(np.arange(len(seconds)), seconds, height=0.6, color=_AFTER)
     axes.bar_label(bars, labels=[f"{value:.1f}" for value in seconds], padding=3, fontsize=8)
     _name_rows(axes, [step["name"] for step in report.steps])
@@ -111,7 +116,8 @@ def steps(report: Report) -> Any:
     return figure
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def figure_of(height: float) -> tuple[Any, Any]:
+    """An empty figure 8 inches wide, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

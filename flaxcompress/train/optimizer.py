@@ -56,7 +56,7 @@ class Optimizer:
       eps: beside the root of second moments; None: 1e-8, LAMB's 1e-6, and 1e-30 in Adafactor's squares.
       clip: the largest global norm of the gradient; None: any.
 
-    Raises ValueError for unknown names, numbers out of range, and settings that the optimizer or schedule does not have.
+    Raises ValueError for unknown names, numbers out of range, and settings that the optimizer or schedule lacks.
     """
 
     name: str = "adamw"

@@ -1,0 +1,77 @@
+"""What a run's steps say of themselves, with learning rate and throughput added, on their way to the metrics."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from flaxcompress.config import ModelConfig
+from flaxcompress.data.batches import Batches
+from flaxcompress.train.metrics import Metrics
+from flaxcompress.train.throughput import BatchShape, Throughput, step_flops
+
+
+class ShapedBatches:
+    """Batches that remember the shape of the last one."""
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self.shape: BatchShape | None = None
+
+    def __iter__(self) -> ShapedBatches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._batches)
+        self.shape = BatchShape.of(batch, jax.process_count())
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of the batches."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes there."""
+        self._batches.set_state(state)
+
+
+class Watcher:
+    """Called with (steps done, values), as `fit` does; writes them to the metrics.
+
+    Args:
+      metrics: None on processes that write nothing.
+      rates: the learning rate by step.
+      every: steps between lines; evaluations are always written.
+      peak: FLOP/s of one device; None: MFU is not told.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics | None,
+        batches: ShapedBatches,
+        model: ModelConfig,
+        *,
+        rates: optax.Schedule,
+        every: int = 1,
+        peak: float | None = None,
+        teacher: ModelConfig | None = None,
+    ):
+        self._metrics, self._batches, self._rates, self._every = metrics, batches, rates, every
+        flops = functools.lru_cache(maxsize=64)(lambda shape: step_flops(model, shape, teacher=teacher))
+        self._throughput = Throughput(flops=flops, peak=peak, devices=jax.device_count())
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        found = dict(values)
+        if "loss" in values:
+            found["learning_rate"] = float(np.asarray(self._rates(step - 1)))
+            if self._batches.shape is not None and "seconds" in values:
+                found |= self._throughput.after(values["seconds"], self._batches.shape)
+            if step % self._every:
+                return
+        if self._metrics is not None:
+            self._metrics.write(step, found)
