@@ -104,9 +104,17 @@ def close(got, want, terms, depth=1):
     np.testing.assert_allclose(got, want, rtol=0, atol=8 * EPS * math.sqrt(terms) * depth * np.abs(want).max())
 
 
-@pytest.mark.parametrize(
-    ("spec", "table"), [c[1:] for c in CASES], ids=[f"{n}-{'t' if t else 'k'}" for n, _, t in CASES]
-)
+QUICK = {(name, False) for name in ("dense-bf16", "int4-16", "int3-5", "low_rank-nested")}
+QUICK |= {(name, True) for name in ("dense", "int8-scale-bf16", "int2-16", "low_rank-int", "banded", "banded-float32")}
+QUICK |= {("nested-tiers", True), ("six-tiers", True)}
+
+
+def _case(name, spec, table):
+    marks = () if (name, table) in QUICK else pytest.mark.slow
+    return pytest.param(spec, table, id=f"{name}-{'t' if table else 'k'}", marks=marks)
+
+
+@pytest.mark.parametrize(("spec", "table"), [_case(*case) for case in CASES])
 def test_every_format_computes_what_ours_does(spec, table):
     n, m = (97, 24) if table else (37, 21)
     node = random_matrix(spec, (n, m), table)

@@ -98,13 +98,16 @@ TABLES = {
 }
 CASES = [(name, spec, table) for table in (False, True) for name, spec in ANY.items()]
 CASES += [(name, spec, True) for name, spec in TABLES.items()]
-QUICK = {"int8-None", "int4-16", "int3-5", "int2-16"}  # of the plain integers; the others are alike
+# Every format once as a kernel and once as a table, the most nested of a kind; the others are alike.
+QUICK = {(name, False) for name in ("dense", "dense-bf16", "int4-16", "low_rank-int", "tensor_train-3", "nested")}
+QUICK |= {(name, True) for name in ("dense", "int8-None", "int8-scale-bf16", "int3-5", "int2-16", "low_rank-train")}
+QUICK |= {(name, True) for name in ("banded", "bucketed-6", "low_rank-bucketed-banded")}
 
 
 def _case(number: int):
     name, _, table = CASES[number]
-    slow = name.startswith("int") and (name not in QUICK or (not table and name != "int4-16"))
-    return pytest.param(number, id=f"{name}-{'table' if table else 'kernel'}", marks=[pytest.mark.slow] * slow)
+    marks = () if (name, table) in QUICK else pytest.mark.slow
+    return pytest.param(number, id=f"{name}-{'table' if table else 'kernel'}", marks=marks)
 
 
 EVERY = pytest.mark.parametrize("case", [_case(number) for number in range(len(CASES))])

