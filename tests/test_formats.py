@@ -126,7 +126,7 @@ def draw(key, shape, dtype):
 @functools.cache
 def node_of(case: int):
     _, spec, table = CASES[case]
-    node = parse_spec(spec).init(jax.random.key(0), (N, M), draw, table=table)
+    node = jax.jit(lambda key: parse_spec(spec).init(key, (N, M), draw, table=table))(jax.random.key(0))
     if isinstance(node, Bucketed):  # init puts the tiers one after the other: mix them
         return Bucketed.from_tiers(node.tiers, np.random.default_rng(1).permutation(node.tier_of_row()))
     return node
@@ -276,7 +276,7 @@ def test_tensors_round_trip(case):
     assert nbytes(node) == sum(np.asarray(t).nbytes for t in tensors.values())
 
 
-@pytest.mark.parametrize("case", SMALLER, ids=[f"{CASES[i][0]}-{CASES[i][2]}" for i in SMALLER])
+@pytest.mark.parametrize("case", [_case(number) for number in SMALLER])
 def test_smaller_than_dense(case):
     assert nbytes(node_of(case)) < 4 * N * M
 
@@ -588,7 +588,7 @@ EVERY_TRAINABLE = pytest.mark.parametrize(
 
 @functools.cache
 def integers(name: str, table: bool):
-    return TARGETS[name].init(jax.random.key(0), (N, M), draw, table=table)
+    return jax.jit(lambda key: TARGETS[name].init(key, (N, M), draw, table=table))(jax.random.key(0))
 
 
 def unrounded(node, table: bool):
