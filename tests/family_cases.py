@@ -381,7 +381,7 @@ def close_logits(got, want, head, mask):
 
 
 HEADED = [(family, head) for family, (_, _, classes) in CASES.items() for head in classes]
-# Of every family one, of every head one; test_generate.py runs the language models of all families.
+# Of every family one, of every head one.
 QUICK = {
     *(("bert", "none"), ("bert", "pretraining"), ("roberta", "sequence_classification"), ("xlm-roberta", "masked_lm")),
     *(("distilbert", "masked_lm"), ("mpnet", "masked_lm"), ("electra", "replaced_token"), ("albert", "pretraining")),

@@ -35,8 +35,8 @@ def searched(among, decoders):
     return pytest.mark.parametrize(("family", "number", "beams"), quick(cases, among))
 
 
-# Llama and Qwen2 are made of what Mistral and Qwen3 have too.
-@searched([("gpt2", 0, 1), ("mistral", 0, 1), ("qwen3", 0, 3), ("deepseek_v2", 0, 3), ("deepseek_v3", 0, 1)], DECODERS)
+# Llama, Qwen2 and DeepSeek V3 are made of what Mistral, Qwen3 and DeepSeek V2 have too.
+@searched([("gpt2", 0, 1), ("mistral", 0, 1), ("qwen3", 0, 3), ("deepseek_v2", 0, 3)], DECODERS)
 def test_tokens_equal_those_of_transformers(family, number, beams, tmp_path):
     network, seed = families.drawn(family, "causal_lm", number, tmp_path)
     network.generation_config.eos_token_id = 2
@@ -86,7 +86,7 @@ def test_translations_equal_those_of_transformers(family, number, beams, tmp_pat
         assert ours.finished == (2 in theirs)
 
 
-@pytest.mark.parametrize("family", TRANSLATORS)
+@pytest.mark.parametrize("family", quick(TRANSLATORS, ["marian"]))
 def test_a_saved_translator_generates_the_same_in_pytorch(family, tmp_path):
     network, seed = families.drawn(family, "seq2seq_lm", 1, tmp_path / "theirs")
     with_rules(network, tmp_path / "theirs")
@@ -107,7 +107,7 @@ def test_a_saved_translator_generates_the_same_in_pytorch(family, tmp_path):
             assert got.tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("family", TRANSLATORS)
+@pytest.mark.parametrize("family", quick(TRANSLATORS, ["t5"]))
 def test_a_decoder_with_a_cache_gives_what_it_gives_at_once(family, tmp_path):
     network, seed = families.drawn(family, "seq2seq_lm", 2, tmp_path)
     model = fc.load(tmp_path)
@@ -145,7 +145,7 @@ def test_a_translator_names_what_is_wrong(tmp_path):
         model.generate([[3, 4]], max_new_tokens=limit)
 
 
-@pytest.mark.parametrize("family", quick(DECODERS, ["gpt2", "mistral", "qwen3", "deepseek_v2"]))
+@pytest.mark.parametrize("family", quick(DECODERS, ["mistral", "deepseek_v2"]))
 def test_a_saved_folder_generates_the_same_in_pytorch(family, tmp_path):
     network, seed = families.drawn(family, "causal_lm", 1, tmp_path / "theirs")
     fc.save(fc.load(tmp_path / "theirs"), tmp_path / "ours")

@@ -66,7 +66,7 @@ def test_the_report_holds_what_scripts_rely_on(model, sentences, tmp_path):
     assert "<html" in (tmp_path / "out" / "report.html").read_text().lower()
 
 
-@pytest.mark.parametrize("target", quick(["3x", "4x", "5x", "6x", "80KB"], ["6x", "80KB"]))
+@pytest.mark.parametrize("target", quick(["3x", "4x", "5x", "6x", "80KB"], ["6x"]))
 def test_a_target_is_met_and_never_passed(model, sentences, target):
     recipe = fc.Recipe.load("balanced").with_heal_steps(0).with_target(target, model)
     small, _ = fc.compress(model, recipe, calibration=sentences, key=jax.random.key(0))
