@@ -202,7 +202,7 @@ def test_bfloat16_loses_at_most_twice_what_a_plain_product_does(case):
     x = x.astype(jnp.bfloat16)
     w = np.asarray(materialize(node), np.float64)
     want = np.asarray(x, np.float64) @ (w.T if table else w)
-    got, plain = (jax.jit(product)(x, matrix) for matrix in (node, jnp.asarray(w, jnp.float32)))
+    got, plain = product(x, node), product(x, jnp.asarray(w, jnp.float32))  # a jit might round less often
     assert got.dtype == plain.dtype == jnp.bfloat16
 
     def error(y):
