@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from quick import quick
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -380,3 +381,13 @@ def close_logits(got, want, head, mask):
 
 
 HEADED = [(family, head) for family, (_, _, classes) in CASES.items() for head in classes]
+# Of every family one, of every head one.
+QUICK = {
+    *(("bert", "none"), ("bert", "pretraining"), ("roberta", "sequence_classification"), ("xlm-roberta", "masked_lm")),
+    *(("distilbert", "masked_lm"), ("mpnet", "masked_lm"), ("electra", "replaced_token"), ("albert", "pretraining")),
+    *(("modernbert", "masked_lm"), ("modernbert", "sequence_classification"), ("gpt2", "causal_lm")),
+    *(("llama", "sequence_classification"), ("mistral", "span"), ("qwen2", "token_classification")),
+    *(("qwen3", "causal_lm"), ("t5", "seq2seq_lm"), ("marian", "seq2seq_lm"), ("deepseek_v2", "causal_lm")),
+    ("deepseek_v3", "token_classification"),
+}
+EVERY = pytest.mark.parametrize(("family", "head"), quick(HEADED, QUICK))

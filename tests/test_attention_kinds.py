@@ -59,7 +59,8 @@ DECODERS = {
     "convolved, window": {"projection_kernel": 2, "feed_forward_kernel": 4, "rotary": Rotary(), "window": 4},
 }
 CASES = {**{f"encoder: {n}": s for n, s in ENCODERS.items()}, **{f"decoder: {n}": s for n, s in DECODERS.items()}}
-SLOW = {f"encoder: {n}" for n in ("full", "narrow", "latent", "linformer none", "linformer key_value", "nystrom")}
+SLOW = {f"encoder: {n}" for n in ("full", "narrow", "latent", "linformer none", "linformer head", "nystrom")}
+SLOW |= {"encoder: linformer key_value"}
 SLOW |= {"decoder: latent", "decoder: convolved"}  # others have more of the same
 
 
@@ -630,7 +631,11 @@ def test_trimming_cuts_the_projections():
 
 
 @pytest.mark.parametrize(
-    "more", [{"attention": Latent(**{**vars(LATENT), **QUERIES})}, {"projection_kernel": 3, "feed_forward_kernel": 3}]
+    "more",
+    [
+        {"attention": Latent(**{**vars(LATENT), **QUERIES})},
+        pytest.param({"projection_kernel": 3, "feed_forward_kernel": 3}, marks=pytest.mark.slow),
+    ],
 )
 def test_calibrated_steps_go_through_every_matrix(more):
     """GPTQ at 8 bits walks layer by layer and sees every map's own input: nearly nothing may change."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from quick import quick
 from rich.console import Console
 
 from flaxcompress.bench import (
@@ -202,26 +203,25 @@ def test_the_probe_loads_without_heavy_libraries():
     assert not any(name in line for line in top for name in ("jax", "torch", "flax", "transformers"))
 
 
-def test_pytorch_pays_for_nothing_of_jax(own, stock):
+@pytest.mark.parametrize("kind", quick(["own", "stock"], ["own"]))
+def test_pytorch_pays_for_nothing_of_jax(kind, request):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     shapes = {"batch": 2, "length": 4, "vocabulary": len(VOCABULARY), "seed": 0}
-    for folder in (stock, own):
-        code = f"""
-            import json, runpy, sys
-            sys.argv[1:] = [json.dumps({{"runtime": "torch", "folder": {str(folder)!r}, "shapes": {shapes}}})]
-            runpy.run_path({str(Path(cold_start.__file__).parent / "probe.py")!r}, run_name="__main__")
-            print(json.dumps(sorted(sys.modules)))
-        """
-        command = [sys.executable, "-P", "-c", "\n".join(line.strip() for line in code.splitlines())]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        found, modules = map(json.loads, done.stdout.strip().splitlines()[-2:])
-        assert set(found) == set(COLD) and all(value > 0 for value in found.values())
-        assert {"torch", "transformers"} <= set(modules)
-        assert [name for name in modules if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")] == []
-        ours = {name for name in modules if name.split(".")[0] == "flaxcompress"}
-        files = ("bench.batch", "bench.pytorch", "bench.runtimes", "export.code", "export.quiet", "machine")
-        assert ours <= {"flaxcompress", "flaxcompress.bench", "flaxcompress.export"} | {
-            f"flaxcompress.{f}" for f in files
-        }
+    folder = request.getfixturevalue(kind)
+    code = f"""
+        import json, runpy, sys
+        sys.argv[1:] = [json.dumps({{"runtime": "torch", "folder": {str(folder)!r}, "shapes": {shapes}}})]
+        runpy.run_path({str(Path(cold_start.__file__).parent / "probe.py")!r}, run_name="__main__")
+        print(json.dumps(sorted(sys.modules)))
+    """
+    command = [sys.executable, "-P", "-c", "\n".join(line.strip() for line in code.splitlines())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    found, modules = map(json.loads, done.stdout.strip().splitlines()[-2:])
+    assert set(found) == set(COLD) and all(value > 0 for value in found.values())
+    assert {"torch", "transformers"} <= set(modules)
+    assert [name for name in modules if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")] == []
+    ours = {name for name in modules if name.split(".")[0] == "flaxcompress"}
+    files = ("bench.batch", "bench.pytorch", "bench.runtimes", "export.code", "export.quiet", "machine")
+    assert ours <= {"flaxcompress", "flaxcompress.bench", "flaxcompress.export"} | {f"flaxcompress.{f}" for f in files}

@@ -371,6 +371,15 @@ def test_compress_hands_its_settings_on(tiny, here, corpus, monkeypatch):
     assert seen["calibration"] is None and "Heal" not in [step.name for step in seen["recipe"].steps]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a job that a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_exit_1_and_says_how_to_go_on(number, tiny, here, corpus, capsys, monkeypatch):
     def compress(model, recipe, *, work, **options):

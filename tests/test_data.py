@@ -284,6 +284,7 @@ def test_default_calibration_text():
     assert not any("\n" in s or s.startswith((">>>", "def ", "@")) for s in sentences)
 
 
+@pytest.mark.slow
 def test_docstrings_import_none_of_the_files():
     code = (
         "import sys; from flaxcompress.data.docstrings import docstring_sentences; assert docstring_sentences();"

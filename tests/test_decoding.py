@@ -176,11 +176,13 @@ def test_wrong_settings_are_refused(settings, message):
 
 
 def greedy(model, prompt, count):
-    """One token after another, without a cache."""
-    row = list(prompt)
-    for _ in range(count):
-        row.append(int(jnp.argmax(model(np.asarray([row])).logits[0, -1])))
-    return row[len(prompt) :]
+    """One token after another, without a cache; padded behind to one length, for which one program is compiled."""
+    tokens, length = np.zeros((1, 32), int), len(prompt)
+    tokens[0, :length] = prompt
+    for at in range(length, length + count):
+        logits = model(tokens, np.arange(32)[None] < at).logits
+        tokens[0, at] = int(jnp.argmax(logits[0, at - 1]))
+    return tokens[0, length : length + count].tolist()
 
 
 @pytest.mark.parametrize("window", [0, 3])

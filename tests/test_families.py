@@ -14,7 +14,9 @@ pytest.importorskip("transformers")
 from family_cases import (  # noqa: E402
     CASES,
     DRAWS,
+    EVERY,
     HEADED,
+    QUICK,
     batch,
     close,
     close_logits,
@@ -23,6 +25,7 @@ from family_cases import (  # noqa: E402
     perturbed,
     weights,
 )
+from quick import quick  # noqa: E402
 
 import flaxcompress as fc  # noqa: E402
 from flaxcompress import tree  # noqa: E402
@@ -35,6 +38,10 @@ def test_every_family_has_a_case():
     assert {*CASES, "vit"} == set(FAMILIES)  # images have a file of their own
 
 
+def test_the_quick_suite_has_every_family_and_every_head():
+    assert [{case[i] for case in QUICK} for i in (0, 1)] == [{case[i] for case in HEADED} for i in (0, 1)]
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_a_family_names_its_heads(family):  # for load(head=…)
     assert {"none", *FAMILIES[family].heads} == set(CASES[family][2])
@@ -44,7 +51,7 @@ def test_a_family_names_its_heads(family):  # for load(head=…)
 
 # Five drawn configs of every family; classifiers, which stand on the same layers, are drawn once.
 DRAWN = [
-    pytest.param(family, head, number, marks=pytest.mark.slow if number else ())
+    pytest.param(family, head, number, marks=pytest.mark.slow if number or (family, head) not in QUICK else ())
     for family, head in HEADED
     for number in range(DRAWS if head in ("none", "masked_lm", *GENERATING) else 1)
 ]
@@ -78,7 +85,7 @@ def test_outputs_equal_those_of_transformers(family, head, number, tmp_path):
         close(got.pooled, want.pooler_output)
 
 
-@pytest.mark.parametrize(("family", "head"), HEADED)
+@EVERY
 def test_a_round_trip_gives_identical_tensors(family, head, tmp_path):
     network, _ = drawn(family, head, 0, tmp_path / "theirs")
     fc.export(fc.load(tmp_path / "theirs"), tmp_path / "ours", format="torch-dense")
@@ -89,7 +96,7 @@ def test_a_round_trip_gives_identical_tensors(family, head, tmp_path):
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize(("family", "head"), HEADED)
+@EVERY
 def test_names_are_a_bijection_and_counts_equal_transformers(family, head, tmp_path):
     network, _ = drawn(family, head, 1, tmp_path)
     config = fc.load(tmp_path).config
@@ -101,7 +108,7 @@ def test_names_are_a_bijection_and_counts_equal_transformers(family, head, tmp_p
     assert sum(counts) == sum(p.numel() for p in weights(network).values())
 
 
-@pytest.mark.parametrize(("family", "head"), HEADED)
+@EVERY
 def test_a_saved_folder_computes_the_same_in_pytorch(family, head, tmp_path):
     from flaxcompress.export import modeling_flaxcompress as ours
     from flaxcompress.export.torch import check_folder
@@ -126,7 +133,10 @@ def test_a_saved_folder_computes_the_same_in_pytorch(family, head, tmp_path):
     close_logits(model(ids, mask, **more).logits, logits_of(out, head), head, None if more else mask)
 
 
-@pytest.mark.parametrize(("config_class", "head_class"), [("GPT2Config", "GPT2"), ("Qwen3Config", "Qwen3")])
+@pytest.mark.parametrize(
+    ("config_class", "head_class"),
+    quick([("GPT2Config", "GPT2"), ("Qwen3Config", "Qwen3")], [("Qwen3Config", "Qwen3")]),
+)
 def test_without_a_padding_token_a_sequence_ends_where_the_mask_does(config_class, head_class, tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2, "intermediate_size": 9}

@@ -98,13 +98,16 @@ TABLES = {
 }
 CASES = [(name, spec, table) for table in (False, True) for name, spec in ANY.items()]
 CASES += [(name, spec, True) for name, spec in TABLES.items()]
-QUICK = {"int8-None", "int4-16", "int3-5", "int2-16"}  # of the plain integers; the others are alike
+# Every format once as a kernel and once as a table, the most nested of a kind; the others are alike.
+QUICK = {(name, False) for name in ("dense", "dense-bf16", "int4-16", "low_rank-int", "tensor_train-3", "nested")}
+QUICK |= {(name, True) for name in ("dense", "int8-None", "int8-scale-bf16", "int3-5", "int2-16", "low_rank-train")}
+QUICK |= {(name, True) for name in ("banded", "bucketed-6", "low_rank-bucketed-banded")}
 
 
 def _case(number: int):
     name, _, table = CASES[number]
-    slow = name.startswith("int") and (name not in QUICK or (not table and name != "int4-16"))
-    return pytest.param(number, id=f"{name}-{'table' if table else 'kernel'}", marks=[pytest.mark.slow] * slow)
+    marks = () if (name, table) in QUICK else pytest.mark.slow
+    return pytest.param(number, id=f"{name}-{'table' if table else 'kernel'}", marks=marks)
 
 
 EVERY = pytest.mark.parametrize("case", [_case(number) for number in range(len(CASES))])
@@ -123,7 +126,7 @@ def draw(key, shape, dtype):
 @functools.cache
 def node_of(case: int):
     _, spec, table = CASES[case]
-    node = parse_spec(spec).init(jax.random.key(0), (N, M), draw, table=table)
+    node = jax.jit(lambda key: parse_spec(spec).init(key, (N, M), draw, table=table))(jax.random.key(0))
     if isinstance(node, Bucketed):  # init puts the tiers one after the other: mix them
         return Bucketed.from_tiers(node.tiers, np.random.default_rng(1).permutation(node.tier_of_row()))
     return node
@@ -199,7 +202,7 @@ def test_bfloat16_loses_at_most_twice_what_a_plain_product_does(case):
     x = x.astype(jnp.bfloat16)
     w = np.asarray(materialize(node), np.float64)
     want = np.asarray(x, np.float64) @ (w.T if table else w)
-    got, plain = product(x, node), product(x, jnp.asarray(w, jnp.float32))
+    got, plain = product(x, node), product(x, jnp.asarray(w, jnp.float32))  # a jit might round less often
     assert got.dtype == plain.dtype == jnp.bfloat16
 
     def error(y):
@@ -273,7 +276,7 @@ def test_tensors_round_trip(case):
     assert nbytes(node) == sum(np.asarray(t).nbytes for t in tensors.values())
 
 
-@pytest.mark.parametrize("case", SMALLER, ids=[f"{CASES[i][0]}-{CASES[i][2]}" for i in SMALLER])
+@pytest.mark.parametrize("case", [_case(number) for number in SMALLER])
 def test_smaller_than_dense(case):
     assert nbytes(node_of(case)) < 4 * N * M
 
@@ -585,7 +588,7 @@ EVERY_TRAINABLE = pytest.mark.parametrize(
 
 @functools.cache
 def integers(name: str, table: bool):
-    return TARGETS[name].init(jax.random.key(0), (N, M), draw, table=table)
+    return jax.jit(lambda key: TARGETS[name].init(key, (N, M), draw, table=table))(jax.random.key(0))
 
 
 def unrounded(node, table: bool):

@@ -99,6 +99,7 @@ def test_zero_steps_change_nothing(setting):
     assert Heal(steps=0)(small, context, key=jax.random.key(0)) is small
 
 
+@pytest.mark.slow
 def test_logits_are_healed_where_a_head_exists():
     model = tiny("masked_lm")
     small = fc.Quantize(bits=2, group=16, rounding="mse")(model, Context(original=model), key=jax.random.key(0))

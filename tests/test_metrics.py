@@ -178,6 +178,7 @@ def test_fidelity(tmp_path):
     assert narrow["mean_cosine"] is None and narrow["rank_correlation"] < 1
 
 
+@pytest.mark.slow
 def test_fidelity_without_data_takes_held_out_docstrings():
     model = WordModel(width=2)
     found = evaluate(model, "fidelity", reference=model)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import quick
 from safetensors.numpy import load_file, save_file
 
 from flaxcompress import encoding, tree
@@ -301,7 +302,7 @@ def tiny(name: str = "dense", seed: int = 0) -> Model:
     return Model(params=params, config=FORMATS[name], assets=assets())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", quick(FORMATS, ["mixed", "tiers", "shared"]))
 def test_save_and_load_are_bit_equal(name, tmp_path):
     model = tiny(name)
     save(model, tmp_path / "m")
@@ -729,7 +730,7 @@ def unrolled(copies: list[dict], x, mask, c):
     return y, gradients
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("all", "sequence"))) for n in MAPS])
+@pytest.mark.parametrize("name", quick(MAPS, ["cycle-rev", "uneven"]))
 def test_gradient_of_a_shared_set_is_the_sum_over_its_uses(name):
     config = FOUR.replace(sharing=Sharing(**dict(zip(FOUR.sharing.parts, MAPS[name], strict=True))))
     layers = stacked(config)

@@ -118,6 +118,7 @@ STEPS = {
 }
 CERTAIN = [name for name in STEPS if "bytes" not in name and "average" not in name]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
+SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-2-nearest"}
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
 )
@@ -296,6 +297,7 @@ def test_gptq_beats_nearest_on_hidden_states():
     assert errors["gptq"] < errors["mse"]
 
 
+@pytest.mark.slow
 def test_more_bits_and_more_rank_are_closer():
     bits = [hidden_error(Quantize(bits=b, pattern=KERNELS, rounding="mse")) for b in (8, 4, 3, 2)]
     assert bits == sorted(bits)

