@@ -24,6 +24,7 @@ from flaxcompress.model import Model, ModelOutput
 from flaxcompress.nn import register_head
 from flaxcompress.terms import Terms
 from flaxcompress.text import Assets, Pooling
+from flaxcompress.train import Classification, Distill, MaskedLM, NextToken, Optimizer, fit
 from flaxcompress.train.mesh import make_mesh
 
 __version__ = "0.1.0"
@@ -32,15 +33,20 @@ __all__ = [
     "Assets",
     "BitsFor",
     "CalibrationText",
+    "Classification",
     "Constraint",
     "Deltas",
+    "Distill",
     "FactorizeEmbedding",
     "Generated",
     "Heal",
     "LowRank",
+    "MaskedLM",
     "Model",
     "ModelConfig",
     "ModelOutput",
+    "NextToken",
+    "Optimizer",
     "Pooling",
     "Quantize",
     "Recipe",
@@ -55,6 +61,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "fit",
     "load",
     "make_mesh",
     "profile",

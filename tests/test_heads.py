@@ -15,8 +15,8 @@ import pytest
 import flaxcompress as fc
 from flaxcompress import tree
 from flaxcompress.config import FormatRule
-from flaxcompress.nn import Linear, pool_sequence, run
 from flaxcompress.data.batches import StepBatches
+from flaxcompress.nn import Linear, pool_sequence
 from flaxcompress.train import Classification, fit
 
 SIZES = {"vocabulary": 30, "width": 12, "layers": 2, "heads": 2, "feed_forward_width": 16, "positions": 12}

@@ -29,6 +29,7 @@ def loss_of(term, *arrays):
     found = term(*arrays)
     return found.total / found.weight
 
+
 MORE_BITS = fc.BitsFor(pattern=r"layers/1/.*", bits=4, group=16)
 
 

@@ -43,7 +43,9 @@ class Checkpoints:
         self.folder = epath.Path(os.fspath(folder))
         if "://" not in os.fspath(folder):
             self.folder = epath.Path(os.path.abspath(os.fspath(folder)))
-        best = BestN(get_metric_fn=lambda metrics: -metrics[_METRIC], n=keep_best, keep_checkpoints_without_metrics=False)
+        best = BestN(
+            get_metric_fn=lambda metrics: -metrics[_METRIC], n=keep_best, keep_checkpoints_without_metrics=False
+        )
         policy = AnyPreservationPolicy([LatestN(keep_last), *([best] if keep_best else [])])
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -125,7 +127,8 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         args = self._ocp.args
-        note = self._manager.restore(step, args=args.Composite(note=args.JsonRestore())).note
+        restored: Any = self._manager.restore(step, args=args.Composite(note=args.JsonRestore()))
+        note = restored.note
         if zlib.crc32(note["text"].encode()) != note["checksum"]:
             raise ValueError("its note is damaged")
         note = json.loads(note["text"])
@@ -135,11 +138,10 @@ class Checkpoints:
             jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
             for leaf, dtype in zip(wanted, stored, strict=True)
         ]
+        target = args.StandardRestore(jax.tree.unflatten(structure, abstract))
         with _quiet_threads():
-            found = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(jax.tree.unflatten(structure, abstract)))
-            ).state
-        leaves = jax.tree.leaves(found)
+            restored = self._manager.restore(step, args=args.Composite(state=target))
+        leaves = jax.tree.leaves(restored.state)
         sums = [int(value) for value in np.asarray(_checksums(leaves))]
         if sums != note["checksums"]:
             raise ValueError("an array differs from its checksum")

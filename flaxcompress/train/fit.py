@@ -61,9 +61,9 @@ def fit(
 ) -> Model:
     """Trains for `steps` steps; the model keeps its structure and formats, values change.
 
-    Master weights and optimizer are float32; integer formats are trained through rounding (`formats.fake_quantized`) and
-    frozen again at the end. A run that is stopped or killed goes on from `out` when it is started again, with the same
-    batches and, on one device in float32, the same bits as one that was not.
+    Master weights and optimizer are float32; integer formats are trained through rounding (`formats.fake_quantized`)
+    and frozen again at the end. A run that is stopped or killed goes on from `out` when it is started again, with the
+    same batches and, on one device in float32, the same bits as one that was not.
 
     Args:
       objective: `MaskedLM`, `NextToken`, `Classification`, `Distill`, …
@@ -167,7 +167,7 @@ def _evaluation(model, terms, constants, validation, evaluation, place) -> Evalu
     means = None if validation is None else mean_terms(terms, constants, validation, place)
 
     def measure(params: Any) -> dict[str, float]:
-        found = {} if means is None else means(params)
+        found = {} if means is None else dict(means(params))
         if evaluation is not None:
             found |= evaluation(freeze_model(place.gather(params), model))
         return found

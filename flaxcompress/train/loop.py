@@ -101,8 +101,8 @@ def train(
         while run.done < steps:
             run.one()
             finished = run.done == steps
-            measured = evaluation is not None and ((evaluate_every and run.done % evaluate_every == 0) or finished)
-            if measured and run.settle():
+            due = finished or (evaluate_every > 0 and run.done % evaluate_every == 0)
+            if evaluation is not None and due and run.settle():
                 run.evaluate(evaluation, best)
             if (run.done % save_every == 0 or finished or run.metric is not None) and run.settle():
                 run.save()
@@ -266,7 +266,8 @@ def mean_terms(terms: Callable[..., Any], constants: Any, batches: Any, place: O
     def evaluation(params: Any) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
         fixed = place.constants(constants)
-        for batch in batches() if callable(batches) else batches:
+        one_pass: Any = batches() if callable(batches) else batches
+        for batch in one_pass:
             placed = {name: value for name, value in place.batch(batch).items() if not name.startswith("_")}
             for name, value in run(params, fixed, placed).items():
                 sums[name] = sums.get(name, np.zeros(2)) + np.asarray([float(v) for v in value])

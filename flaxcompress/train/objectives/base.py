@@ -82,7 +82,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """An objective on a network of a config: (params, constants, batch, key) -> terms. Hashable, so it compiles once."""
+    """An objective on a network of a config: (params, constants, batch, key) -> terms; hashable, to compile once."""
 
     objective: Objective
     config: ModelConfig

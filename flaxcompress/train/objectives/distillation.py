@@ -25,9 +25,7 @@ def cosine_term(student: Float[Array, "B D"], teacher: Float[Array, "B D"], real
     return Term(((1.0 - (s * t).sum(-1)) * weights).sum(), weights.sum())
 
 
-def hidden_term(
-    student: Float[Array, "L B T D"], teacher: Float[Array, "L B T D"], mask: Bool[Array, "B T"]
-) -> Term:
+def hidden_term(student: Float[Array, "L B T D"], teacher: Float[Array, "L B T D"], mask: Bool[Array, "B T"]) -> Term:
     """Squared error of the hidden states over the teacher's squared norm in this batch, per layer, mean over layers."""
     weights = mask.astype(jnp.float32)[None, :, :, None]
     error = (jnp.square(student - teacher) * weights).sum((1, 2, 3))
@@ -101,8 +99,8 @@ class _Distill(Objective):
             )
         if self.cosine and teacher.width != student.width:
             raise ValueError(
-                f"distill: the teacher's vectors have width {teacher.width}, the student's {student.width}: they cannot be "
-                "compared; use cosine=0"
+                f"distill: the teacher's vectors have width {teacher.width}, the student's {student.width}: they "
+                "cannot be compared; use cosine=0"
             )
         heads = (student.head, teacher.head)
         with_logits = self.logits > 0 and "none" not in heads

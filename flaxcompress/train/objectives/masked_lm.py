@@ -11,10 +11,10 @@ from flaxcompress.train.objectives.base import Objective, Run, Terms, cross_entr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLM(Objective):
-    """The masked tokens' cross-entropy (Devlin et al. 2019), plus that of the sentences' order (Lan et al. 2020, §3.1).
+    """The masked tokens' cross-entropy (Devlin et al. 2019), plus that of two sentences' order (Lan et al. 2020, §3.1).
 
-    Batches have `labels` for `label_positions` [B, M] or, without those, for all tokens [B, T]; for a "pretraining" head
-    also `order_labels` [B].
+    Batches have `labels` for `label_positions` [B, M] or, without those, for all tokens [B, T]; for a "pretraining"
+    head also `order_labels` [B].
 
     Attributes:
       order: the weight of the sentences' order.
@@ -31,8 +31,8 @@ class MaskedLM(Objective):
         if self.order and "order_labels" in batch:
             if not hasattr(logits, "sentence_order"):
                 raise ValueError(
-                    f"masked_lm: the batches have order_labels, but head {run.config.head!r} does not predict the order "
-                    'of sentences; use head "pretraining"'
+                    f"masked_lm: the batches have order_labels, but head {run.config.head!r} does not predict the "
+                    'order of sentences; use head "pretraining"'
                 )
             terms |= renamed(cross_entropy(logits.sentence_order, batch["order_labels"]), "order", self.order)
         return terms
