@@ -51,7 +51,11 @@ class Checkpoints:
             self.folder,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "note": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                create=True, preservation_policy=policy, cleanup_tmp_directories=jax.process_index() == 0
+                create=True,
+                preservation_policy=policy,
+                best_fn=(lambda metrics: metrics[_METRIC]) if keep_best else None,  # without it none are written
+                best_mode="min",
+                cleanup_tmp_directories=jax.process_index() == 0,
             ),
         )
         self._failing = False
