@@ -70,6 +70,7 @@ def test_json_round_trip(changes):
         ({"pad_token": 50}, "pad_token 50 lies outside the vocabulary of 50"),
         ({"sharing": Sharing.own(2)}, "2 entries for 3 layers"),
         ({"head": "token_classification"}, "needs classes"),
+        ({"head": "causal_lm", "causal": True, "embedding_width": 6}, "embedding_width 6 must be the width 12"),
     ],
 )
 def test_refused(changes, message):
