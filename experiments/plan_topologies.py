@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +59,7 @@ def config_of(model: str) -> Any:
 
 
 def gathers(found: Any, config: Any) -> list[dict[str, Any]]:
-    """The all-gathers whose result has the shape of a weight, whole or a device's part by "model": where and how often.
-
-    Stacked layers count as one weight each and as the stack.
-    """
+    """The all-gathers whose result has the shape of a weight, or of its part by "model": over what and how often."""
     import jax
 
     from flaxcompress import tree
@@ -82,7 +80,10 @@ def gathers(found: Any, config: Any) -> list[dict[str, Any]]:
         for dims in result_shapes(each) if over else ():
             plain = tuple(sorted(d for d in dims if d > 1))
             if plain in shapes:
-                entry = totals.setdefault((over, plain, turns > 1), {"over": list(over), "shape": list(plain)})
+                name = re.search(r'op_name="([^"]*)"', each.attributes)
+                made_by = name[1].rsplit("/", 1)[-1] if name else ""  # of a weight, a cast; of its gradient, a product
+                key = (over, plain, turns > 1, made_by)
+                entry = totals.setdefault(key, {"over": list(over), "shape": list(plain), "made_by": made_by})
                 entry |= {"in_loops": turns > 1, "count": entry.get("count", 0) + turns, "like": shapes[plain]}
     return list(totals.values())
 

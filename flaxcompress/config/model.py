@@ -208,8 +208,8 @@ class ModelConfig:
             raise ValueError(f"config: embedding_width must be a positive integer, got {self.embedding_width!r}")
         if self.table_width != self.width and self.tied and self.head in ("causal_lm", "seq2seq_lm"):
             raise ValueError(
-                f"config: a tied {self.head} head multiplies by the token table, so embedding_width {self.embedding_width} "
-                f"must be the width {self.width}; set tied to False for a head of its own"
+                f"config: a tied {self.head} head multiplies by the token table, so embedding_width "
+                f"{self.embedding_width} must be the width {self.width}; set tied to False for a head of its own"
             )
         near = 2 if self.causal else 4
         if self.relative_buckets and (

@@ -163,11 +163,12 @@ def put_together(config: ModelConfig, address: str, node: Any, dtype: Any = None
 def multiplied(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function` of x and weights, which it puts together: a gradient does that again instead of keeping them.
 
-    All layers' at once would be a whole model on every device. What is multiplied is kept, as without a mesh.
+    All layers' at once would be a whole model on every device. What is multiplied is kept, as without a mesh. Where the
+    layer is computed again anyway, its weights serve both that and the gradient: so merging is not prevented.
     """
     if not is_cut_by_fsdp():
         return function(*arguments)
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_saveable)(*arguments)
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)(*arguments)
 
 
 def part_put_together(config: ModelConfig, at: str, weights: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from flaxcompress.config import closest
+from flaxcompress.nn.logical import is_cut_by_fsdp
 
 # "full" keeps nothing but every layer's input; "dots" also the products with weights, and computes the rest again:
 # norms, activations, and attention's scores, whose products run over a batch.
@@ -29,5 +30,8 @@ def rematerialised(layer: Callable[..., Any], remat: str, *, scanned: bool) -> C
     """
     check_remat(remat)
     if remat == "none":
-        return layer
+        if scanned or not is_cut_by_fsdp():
+            return layer
+        # Outside of a loop the compiler would merge both times that weights are put together, and so keep all of them.
+        return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable)
     return jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=not scanned)
