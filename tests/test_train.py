@@ -16,9 +16,12 @@ import flaxcompress as fc
 from flaxcompress.data.batches import StepBatches
 from flaxcompress.train import Limits, Recipe, Stopped, Term, train
 from flaxcompress.train.checkpoint import Checkpoints
-from flaxcompress.train.objectives import IGNORED, cross_entropy, mean_of
+from flaxcompress.train.memory import parse_bytes, step_bytes, ways
+from flaxcompress.train.objectives import IGNORED, Program, cross_entropy, mean_of
+from flaxcompress.train.placement import OneDevice
 from flaxcompress.train.state import start
 from flaxcompress.train.step import train_step
+from flaxcompress.train.trainable import partition, thaw_model
 
 KEY = jax.random.key(0)
 EPS = float(np.finfo(np.float32).eps)
@@ -417,6 +420,45 @@ def test_quantized_models_stay_quantized():
 def test_wrong_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message.replace("*", r"\*")):
         fit(tiny(), fc.MaskedLM(), **{"steps": 1, **options})
+
+
+def long(number):
+    rng = np.random.default_rng(number)
+    ids = rng.integers(5, 45, (8, 16)).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": np.ones(ids.shape, bool), "labels": ids}
+
+
+def test_a_memory_limit_chooses_what_is_computed_again(caplog):
+    model, program = tiny(layers=6, width=32), fc.MaskedLM(dropout=False)
+    whole = fit(model, program, make=long)
+    place, step = OneDevice(), {}
+    moving, frozen = partition(thaw_model(model))
+    for kind, parts in ways("none", 1, 8):
+        recipe = Recipe(Program(program, model.config, jnp.float32, kind), optax.adam(1e-2), parts)
+        state = place.start(recipe, moving)
+        step[kind, parts] = step_bytes(place, recipe, state, frozen, (), long(0), KEY)
+    assert list(step)[:4] == [("none", 1), ("dots", 1), ("full", 1), ("none", 2)] and list(step)[-1] == ("full", 8)
+    assert step["full", 1] < step["none", 1] and step["none", 4] < step["none", 1]
+    limit = (step["none", 1] + min(step.values())) // 2
+    wanted = next(way for way, size in step.items() if size <= limit)
+    with caplog.at_level(logging.WARNING, "flaxcompress"):
+        made = fit(model, program, make=long, memory_limit=limit)
+    assert f"remat {wanted[0]} and {wanted[1]} microbatches" in caplog.text
+    for a, b in zip(jax.tree.leaves(made.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-3)  # as with remat alone
+    with pytest.raises(ValueError, match=r"memory_limit: 0\.0 MB are too little; the smallest step, with remat"):
+        fit(model, program, make=long, memory_limit=1000)
+
+
+@pytest.mark.parametrize("text, size", [("12GB", 12 * 10**9), ("1.5MiB", 3 * 2**19), (77, 77), ("80", 80)])
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "12 parsecs", "0GB", "-3MB", "1.2.3GB"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="expected a size such as 12GB or 800MiB"):
+        parse_bytes(text)
 
 
 def test_order_labels_need_a_head_for_them():

@@ -142,6 +142,7 @@ class TrainingSettings:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
     z_loss: float = 0.0
+    memory_limit: str | None = None
     ema: float | None = None
     spike: float | None = None
     trainable: str = ".*"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,10 +18,12 @@ from flaxcompress.encoding import compute_dtype
 from flaxcompress.model import Model
 from flaxcompress.nn.remat import check_remat
 from flaxcompress.train.checkpoint import Checkpoints
-from flaxcompress.train.loop import Evaluation, Limits, Memory, Watch, mean_terms, train
+from flaxcompress.train.loop import Choose, Evaluation, Limits, Memory, Watch, mean_terms, train
+from flaxcompress.train.memory import first_that_fits, parse_bytes, ways
 from flaxcompress.train.objectives import Objective, Program
 from flaxcompress.train.optimizer import Optimizer
-from flaxcompress.train.placement import placement
+from flaxcompress.train.placement import OneDevice, placement
+from flaxcompress.train.state import State
 from flaxcompress.train.step import Recipe
 from flaxcompress.train.trainable import freeze_model, thaw_model
 
@@ -42,6 +45,7 @@ def fit(
     accumulate: int = 1,
     remat: str = "none",
     dtype: str | None = None,
+    memory_limit: int | str | None = None,
     ema: float | None = None,
     spike: float | None = None,
     limits: Limits = Limits(),  # noqa: B008  (a tuple, never changed)
@@ -77,6 +81,8 @@ def fit(
       accumulate: microbatches per step; the gradient is the whole batch's.
       remat: what the backward pass computes again to save memory: "none", "dots" or "full".
       dtype: of the computation, "float32" or "bfloat16"; None: as the device likes it.
+      memory_limit: bytes of each device, or "12GB", that a step may take: `remat` and `accumulate` are then only where
+        the search begins; what fits is found by compiling (see `train/memory.py`).
       ema: the decay of a running average of the weights, which is then evaluated and returned.
       spike: a loss so many standard deviations over its running mean is refused like one that is not finite; None: off.
       limits: when a run goes back to a checkpoint, and when it gives up.
@@ -112,6 +118,7 @@ def fit(
     transformation = optimizer.build(steps) if isinstance(optimizer, Optimizer) else optimizer
     recipe = Recipe(terms, transformation, accumulate, ema, spike)
     place = placement(mesh, model.config)
+    choose = None if memory_limit is None else _chooser(recipe, remat, parse_bytes(memory_limit))
     measure = None
     if validation is not None or evaluation is not None:
         measure = _evaluation(model, terms, constants, validation, evaluation, place)
@@ -124,6 +131,7 @@ def fit(
             data,
             recipe,
             steps=steps,
+            choose=choose,
             constants=constants,
             key=key,
             trainable=trainable,
@@ -144,6 +152,21 @@ def fit(
         if keeper is not None:
             keeper.__exit__()
     return freeze_model(params, model)
+
+
+def _chooser(recipe: Recipe, remat: str, limit: int) -> Choose:
+    """Picks the way of making `recipe`'s step that fits the memory."""
+
+    def choose(rows: int, place: OneDevice, state: State, *inputs: Any) -> Recipe:
+        tried = ways(remat, recipe.accumulate, rows)
+        recipes = [
+            dataclasses.replace(recipe, terms=dataclasses.replace(recipe.terms, remat=kind), accumulate=parts)  # pyright: ignore[reportArgumentType]
+            for kind, parts in tried
+        ]
+        names = [f"remat {kind} and {parts} microbatches" for kind, parts in tried]
+        return first_that_fits(recipes, names, limit, place, state, *inputs)
+
+    return choose
 
 
 def _check(**counts: int) -> None:

@@ -22,7 +22,8 @@ from flaxcompress.train.trainable import combine, partition
 
 log = logging.getLogger("flaxcompress")
 
-Watch = Callable[[int, Mapping[str, float]], None]
+Watch = Callable[[int, Mapping[str, float]], str | None]
+Choose = Callable[..., Recipe]
 Evaluation = Callable[[Any], Mapping[str, float]]
 
 
@@ -54,6 +55,7 @@ def train(
     data: Batches,
     recipe: Recipe,
     *,
+    choose: Choose | None = None,
     steps: int,
     constants: Any = (),
     key: jax.Array | None = None,
@@ -75,6 +77,8 @@ def train(
 
     Args:
       recipe: the loss's terms, the optimizer, and how a step is made.
+      choose: (rows of a batch, place, state, frozen, constants, batch, key) -> the recipe that is used instead, once
+        the arrays are there.
       constants: arrays that the loss needs but that are not trained, such as the teacher's parameters.
       key: of dropout; step n draws from fold_in(key, n).
       trainable: a pattern of addresses; what it does not match in full stays as it is. "head/.*" trains a head on a
@@ -85,7 +89,8 @@ def train(
       best: metrics -> a number; checkpoints with the smallest are kept, if `checkpoints` keeps the best.
       take_best: the best checkpoint's parameters are returned, not the last ones.
       watch: called with (steps done, values): every step's loss, terms, gradient_norm, accepted (0 or 1), seconds,
-        waiting (seconds that the device waited for data, at most) and saving; and evaluations' values, "validation/…".
+        waiting (seconds that the device waited for data, at most) and saving; and evaluations' values,
+        "validation/…". A text that it returns stands beside the progress bar.
 
     Raises:
       Stopped: SIGINT or SIGTERM came; the state was saved first.
@@ -94,7 +99,7 @@ def train(
     run = _Training(data, recipe, place or OneDevice(), checkpoints, constants, key, limits, watch, memory, label)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.place.context())
-        run.begin(params, trainable, steps)
+        run.begin(params, trainable, steps, choose)
         run.stop = stack.enter_context(deferred_interrupts())
         run.advance = stack.enter_context(progress_bar(label, steps, show=progress and jax.process_index() == 0))
         run.advance(run.done)
@@ -134,15 +139,21 @@ class _Training:
         self.smooth: float | None = None
         self.before = time.perf_counter()
 
-    def begin(self, params: Any, trainable: str, steps: int) -> None:
+    def begin(self, params: Any, trainable: str, steps: int, choose: Choose | None) -> None:
         """Places the parameters, and takes up an earlier run's state."""
         moving, frozen = partition(params, trainable)
         placed = self.place.params(combine(moving, frozen))
         moving, self.frozen = partition(placed, trainable)
         self.constants = self.place.constants(self.given_constants)
         self.state: State = self.place.start(self.recipe, moving)
-        self.step = self.place.step(self.recipe, self.state)
         self.position = self.data.get_state()
+        if choose is not None:
+            batch = next(self.data)
+            self.data.set_state(self.position)
+            rows = len(jax.tree.leaves(batch)[0]) * jax.process_count()
+            given = (self.frozen, self.constants, self.place.batch(batch), self.key)
+            self.recipe = choose(rows, self.place, self.state, *given)
+        self.step = self.place.step(self.recipe, self.state)
         if self.checkpoints is None or (found := self.checkpoints.restore(self.state)) is None:
             return
         self.done, self.state, extra = found
@@ -188,12 +199,13 @@ class _Training:
         self.stopping = self.stopping or float(report.stop) > 0
         values = {"loss": loss, **{name: float(mean) for name, mean in report.means.items()}}
         values |= {"gradient_norm": float(report.gradient_norm), "accepted": float(report.accepted), **timing}
-        self.watch(done, values)
+        note = self.watch(done, values)
         if report.accepted:
             self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
         else:
             log.info("%s: step %d was refused, loss %g", self.label, done, loss)
-        self.advance(1, "" if self.smooth is None else f"loss {self.smooth:.4f}")
+        shown = [] if self.smooth is None else [f"loss {self.smooth:.4f}"]
+        self.advance(1, " ".join([*shown, note or ""]))
         refused = int(report.refused)
         return refused < self.limits.refused or self._go_back(refused)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,10 +42,14 @@ class OneDevice:
         del stop
         return batch
 
-    def step(self, recipe: Recipe, state: State) -> Callable[..., Any]:
+    def step(self, recipe: Recipe, state: State) -> Any:
         """(state, frozen, constants, batch, key) -> (state, report); the state is donated."""
         del state
         return functools.partial(_STEP, recipe)
+
+    def lower(self, recipe: Recipe, state: State, *inputs: Any) -> Any:
+        """A step on (frozen, constants, batch, key) that can be compiled, and is not run."""
+        return _STEP.lower(recipe, state, *inputs)
 
     def gather(self, params: Any) -> Any:
         """The parameters as the caller gets them."""
@@ -98,10 +101,13 @@ class OnMesh(OneDevice):
         everyone = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
         return {**placed, STOP: jax.make_array_from_process_local_data(everyone, own)}
 
-    def step(self, recipe: Recipe, state: State) -> Callable[..., Any]:
+    def step(self, recipe: Recipe, state: State) -> Any:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         own = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(functools.partial(train_step, recipe), donate_argnums=0, out_shardings=(own, everywhere))
+
+    def lower(self, recipe: Recipe, state: State, *inputs: Any) -> Any:
+        return self.step(recipe, state).lower(state, *inputs)
 
     def gather(self, params: Any) -> Any:
         if jax.process_count() == 1:

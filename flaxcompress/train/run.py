@@ -24,6 +24,7 @@ from flaxcompress.storage import write_files
 from flaxcompress.train.cluster import same_everywhere
 from flaxcompress.train.config import FILE, TrainConfig
 from flaxcompress.train.fit import fit
+from flaxcompress.train.loop import Watch
 from flaxcompress.train.mesh import make_mesh, parse_mesh
 from flaxcompress.train.metrics import Metrics, read_metrics
 from flaxcompress.train.objectives import Classification, Distill, MaskedLM, NextToken, Objective
@@ -36,8 +37,8 @@ from flaxcompress.train.throughput import peak_of
 from flaxcompress.train.watch import ShapedBatches, Watcher
 
 _PROFILED = 10  # steps
-_SAME = ("steps", "accumulate", "remat", "dtype", "ema", "spike", "trainable", "save_every", "keep_last", "keep_best")
-_SAME += ("evaluate_every", "best", "best_mode", "take_best")
+_SAME = ("steps", "accumulate", "remat", "dtype", "memory_limit", "ema", "spike", "trainable", "save_every")
+_SAME += ("keep_last", "keep_best", "evaluate_every", "best", "best_mode", "take_best")
 
 
 def run(
@@ -170,11 +171,10 @@ def _metrics(config: TrainConfig, folder: Path) -> Metrics:
     return Metrics(folder, tensorboard=wanted.tensorboard, wandb=wanted.wandb, settings=config.resolved())
 
 
-def _all(*watchers: Callable[[int, Mapping[str, float]], None] | None) -> Callable[[int, Mapping[str, float]], None]:
-    def watch(step: int, values: Mapping[str, float]) -> None:
-        for watcher in watchers:
-            if watcher is not None:
-                watcher(step, values)
+def _all(*watchers: Watch | None) -> Watch:
+    def watch(step: int, values: Mapping[str, float]) -> str | None:
+        notes = [watcher(step, values) for watcher in watchers if watcher is not None]
+        return next((note for note in notes if note), None)
 
     return watch
 

@@ -65,13 +65,24 @@ class Watcher:
         flops = functools.lru_cache(maxsize=64)(lambda shape: step_flops(model, shape, teacher=teacher))
         self._throughput = Throughput(flops=flops, peak=peak, devices=jax.device_count())
 
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+    def __call__(self, step: int, values: Mapping[str, float]) -> str | None:
         found = dict(values)
         if "loss" in values:
-            found["learning_rate"] = float(np.asarray(self._rates(step - 1)))
             if self._batches.shape is not None and "seconds" in values:
                 found |= self._throughput.after(values["seconds"], self._batches.shape)
             if step % self._every:
-                return
+                return _note(found)
+            found["learning_rate"] = float(np.asarray(self._rates(step - 1)))
         if self._metrics is not None:
             self._metrics.write(step, found)
+        return _note(found)
+
+
+def _note(found: Mapping[str, float]) -> str:
+    """What stands beside the progress bar."""
+    parts = []
+    if (rate := found.get("tokens_per_second")) is not None:
+        parts.append(f"{rate:,.0f} tokens/s")
+    if (mfu := found.get("mfu")) is not None:
+        parts.append(f"MFU {mfu:.1%}")
+    return " ".join(parts)
