@@ -44,6 +44,7 @@ def measured(*requests):
     given = [json.dumps([name, *meshes]) for name, meshes in requests]
     paths = [str(script.parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is read from it was compiled without a warning
     run = subprocess.run([sys.executable, str(script), *given], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "Involuntary full rematerialization" not in run.stderr  # an array that GSPMD could only copy to all devices
@@ -58,11 +59,14 @@ def test_meshes_compute_what_one_device_does(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_every_mesh_computes_what_one_device_does(name):
+def test_every_structure_computes_on_meshes_what_it_does_on_one_device(name):
+    """Three meshes of the ten for each; experiments/mesh_equality.py tries them all."""
     if name in FAMILY:
         pytest.importorskip("transformers")
-    found = measured((name, sharded.MESHES))[name]
-    assert set(found) == set(sharded.MESHES) and max(found.values()) <= LIMIT, found
+    start, meshes = 3 * STRUCTURES.index(name), sharded.MESHES
+    tried = tuple(meshes[(start + number) % len(meshes)] for number in range(3))
+    found = measured((name, tried))[name]
+    assert set(found) == set(tried) and max(found.values()) <= LIMIT, found
 
 
 def test_every_format_has_a_case():

@@ -53,7 +53,7 @@ _MAPS: dict[str, tuple[str | None, str | None]] = {
 }
 _ELSEWHERE: tuple[tuple[str, tuple[str | None, str | None]], ...] = (
     (r"embedding/token", ("vocab", "embed")),
-    (r"embedding/(position|segment)|embedding/(projection|patch)/kernel", (None, "embed")),
+    (r"(decoder/)?embedding/(position|segment)|embedding/(projection|patch)/kernel", (None, "embed")),
     (r"head/(output/.*|bias)", ("embed", "vocab")),
     (r"(decoder/)?relative_bias/table", (None, "heads")),
 )
@@ -76,7 +76,11 @@ def weight_axes(address: str, node: Any) -> Any:
     vector = not isinstance(node, formats.Format) and len(node.shape) - (tree.place(address) is not None) == 1
     if vector:
         return PartitionSpec(columns if columns in _CUT_VECTORS else None)
-    return formats.axes(node, rows, columns)
+    axes = formats.axes(node, rows, columns)
+    if rows != "vocab":
+        return axes
+    # "model" cuts a table's rows already; what is read of them would be cut again by the inner dimension.
+    return jax.tree.map(lambda names: PartitionSpec(*("latent" if n == "rank" else n for n in names)), axes)
 
 
 def cut(
