@@ -21,41 +21,53 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CASES = {  # name: (model, topology, mesh, batch, length, remat)
-    "albert-xxlarge, data": ("albert-xxlarge", "v5e:16x16", "data=64,model=4", 4096, 512, "full"),
-    "albert-xxlarge, fsdp": ("albert-xxlarge", "v5e:16x16", "fsdp=64,model=4", 4096, 512, "full"),
-    "llama-7b low-rank 0.6, fsdp": ("llama-7b", "v5e:16x16", "fsdp=64,model=4", 256, 2048, "full"),
-    "llama-7b low-rank 0.6, data": ("llama-7b", "v5e:16x16", "data=64,model=4", 256, 2048, "full"),
-    "albert-xxlarge, 512 devices": ("albert-xxlarge", "cpu:512", "data=4,fsdp=32,model=4", 8192, 512, "full"),
-    "llama-7b low-rank 0.6, 512 devices": ("llama-7b", "cpu:512", "data=4,fsdp=32,model=4", 512, 2048, "full"),
+from flaxcompress.config.yaml_file import read_yaml
+
+ALBERT = "pod/albert_xxlarge.yaml"
+CASES = {  # name: (settings, topology, mesh, changes)
+    "albert-xxlarge, fsdp": (ALBERT, "v5e:16x16", "fsdp=64,model=4", {}),
+    "albert-xxlarge, data": (ALBERT, "v5e:16x16", "data=64,model=4", {}),
+    "llama-7b low-rank 0.6, fsdp": ("llama", "v5e:16x16", "fsdp=64,model=4", {}),
+    "llama-7b low-rank 0.6, data": ("llama", "v5e:16x16", "data=64,model=4", {}),
+    "albert-xxlarge, 512 devices": (ALBERT, "cpu:512", "data=4,fsdp=32,model=4", {"batch_size": 8192}),
+    "llama-7b low-rank 0.6, 512 devices": ("llama", "cpu:512", "data=4,fsdp=32,model=4", {"batch_size": 512}),
+    "albert-base": ("pod/albert_base.yaml", "v5e:4x4", None, {}),
+    "albert-large": ("pod/albert_large.yaml", "v5e:8x8", None, {}),
+    "albert-xlarge": ("pod/albert_xlarge.yaml", "v5e:16x16", None, {}),
 }
 # 0.6 of the values of 4096×4096 and of 4096×11008, to the nearest multiple of 64, so that meshes divide the ranks.
-SQUARE, WIDE = 1216, 1792
-LLAMA = {  # the shape of Llama 2 7B (Touvron et al. 2023)
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
+LLAMA = {
+    "model": {
+        "config": {  # the shape of Llama 2 7B (Touvron et al. 2023)
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "formats": [
+                [r"layers/\d+/attention/.*/kernel", {"kind": "low_rank", "rank": 1216}],
+                [r"layers/\d+/feed_forward/.*/kernel", {"kind": "low_rank", "rank": 1792}],
+            ],
+        }
+    },
+    "task": "causal_lm",
+    "training": {"batch_size": 256, "length": 2048, "remat": "full", "dtype": "bfloat16", "steps": 1},
+    "data": {"train": "none"},
+    "out": "none",
 }
 
 
-def config_of(model: str) -> Any:
-    from flaxcompress import LowRank
-    from flaxcompress.families import FAMILIES
-    from flaxcompress.train.architectures import architecture
+def settings_of(source: str, changes: dict[str, int]) -> Any:
+    from flaxcompress.train.config import TrainConfig
 
-    if model == "llama-7b":
-        plain = FAMILIES["llama"].read_config(LLAMA)
-        wide = LowRank(pattern=r"layers/\d+/feed_forward/.*/kernel", rank=WIDE).plan(plain)
-        return LowRank(pattern=r"layers/\d+/attention/.*/kernel", rank=SQUARE).plan(wide)
-    return architecture(model, head="pretraining", classes=2)
+    given = LLAMA if source == "llama" else read_yaml(Path(__file__).parent / source)
+    return TrainConfig.from_dict({**given, "training": {**given["training"], **changes}})
 
 
 def gathers(found: Any, config: Any) -> list[dict[str, Any]]:
@@ -63,8 +75,8 @@ def gathers(found: Any, config: Any) -> list[dict[str, Any]]:
     import jax
 
     from flaxcompress import tree
-    from flaxcompress.train.hlo import Program, result_shapes, spanned
-    from flaxcompress.train.plan import abstract_params
+    from flaxcompress.train.abstract import abstract_params
+    from flaxcompress.train.hlo import Listing, result_shapes, spanned
 
     cuts, shapes = found.mesh.get("model", 1), {}
     for address, node in tree.View(abstract_params(config)).items():
@@ -75,7 +87,7 @@ def gathers(found: Any, config: Any) -> list[dict[str, Any]]:
                     shapes.setdefault(tuple(sorted(shape)), address)
     axes = {name: found.mesh.get(name, 1) for name in ("dcn", "data", "fsdp", "sequence", "model")}
     totals: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for each, kind, _, turns, _ in Program(found.program).each_collective():
+    for each, kind, _, turns, _ in Listing(found.program).each_collective():
         over = spanned(each.attributes, axes)[0] if kind == "all-gather" else ()
         for dims in result_shapes(each) if over else ():
             plain = tuple(sorted(d for d in dims if d > 1))
@@ -91,14 +103,15 @@ def gathers(found: Any, config: Any) -> list[dict[str, Any]]:
 def measure(name: str) -> dict[str, Any]:
     from flaxcompress.train.chips import pretend_devices
     from flaxcompress.train.mesh import parse_mesh
-    from flaxcompress.train.plan import plan
 
-    model, topology, mesh, batch, length, remat = CASES[name]
+    source, topology, mesh, changes = CASES[name]
     pretend_devices(topology)
-    config = config_of(model)
-    sizes = {"batch_size": batch, "length": length, "remat": remat, "suggest": False}
-    found = plan(config, topology=topology, mesh=parse_mesh(mesh), **sizes)
-    return {"case": name, "model": model, **found.to_json(), "weights_gathered": gathers(found, config)}
+    from flaxcompress.train.plan import plan
+    from flaxcompress.train.plan_settings import planned_structure
+
+    settings = settings_of(source, changes)
+    found = plan(settings, topology=topology, mesh=None if mesh is None else parse_mesh(mesh), suggest=False)
+    return {"case": name, **found.to_json(), "weights_gathered": gathers(found, planned_structure(settings))}
 
 
 def main() -> None:

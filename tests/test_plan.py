@@ -16,12 +16,14 @@ import pytest
 import yaml
 
 import flaxcompress as fc
-from flaxcompress.cli.plan import read
 from flaxcompress.train import chips
+from flaxcompress.train.abstract import abstract_batch, abstract_params
 from flaxcompress.train.chips import devices_of, parse_topology
-from flaxcompress.train.hlo import Program, shape_bytes, spanned
-from flaxcompress.train.plan import Plan, Way, _others, plan
-from flaxcompress.train.planned_step import abstract_batch
+from flaxcompress.train.config import TrainConfig
+from flaxcompress.train.hlo import Listing, shape_bytes, spanned
+from flaxcompress.train.plan import Plan, _others, plan
+from flaxcompress.train.plan_settings import planned_structure, read_plan_settings
+from flaxcompress.train.run import run as train_run
 
 MODEL = {
     "vocabulary": 64,
@@ -29,20 +31,25 @@ MODEL = {
     "layers": 6,
     "heads": 8,
     "feed_forward_width": 48,
-    "positions": 32,
     "dropout": 0.0,
     "attention_dropout": 0.0,
-    "pooler": False,
-    "segments": 0,
-    "causal": True,
-    "head": "causal_lm",
 }
+
+
+def settings_of(folder, **changes):
+    """The settings of a plan, read from a file in the folder; training's change what stands under it."""
+    training = {"batch_size": 8, "length": 32, "dtype": "float32", **changes.get("training", {})}
+    given = {"model": {"config": MODEL}, "task": "causal_lm", **changes, "training": training}
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in given.items() if value is not None}))
+    return read_plan_settings(path)
+
 
 # ── programs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def compiled(function, *arguments):
-    return Program(jax.jit(function).lower(*arguments).compile().as_text())
+    return Listing(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 def test_products_in_loops_are_counted_as_often_as_they_run():
@@ -127,7 +134,7 @@ ENTRY %main (a: bf16[1,16], c: f32[8,16]) -> f32[8,16] {
 
 def test_a_tpus_program_is_read():
     """Loops without a stated count, collectives in pieces beside products, and reduce-scatters in their own dress."""
-    program = Program(TPU)
+    program = Listing(TPU)
     found = {(c.kind, c.axes): c for c in program.collectives({"data": 2, "model": 4})}
     gather, scatter = found["all-gather", ("data", "model")], found["reduce-scatter", ("model",)]
     assert (gather.count, gather.bytes, gather.looped) == (12, 12 * 4 * 16 * 2, True)
@@ -169,7 +176,7 @@ def test_dilated_windows_count_the_batched_products_that_they_stand_for():
         "window={size=64x16 stride=63x15 lhs_dilate=64x16}, dim_labels=01bf_01io->01bf",
         "}",
     ]
-    assert Program("\n".join(lines)).flops() == 2 * 64 * 16 * 512 * 512 * 64
+    assert Listing("\n".join(lines)).flops() == 2 * 64 * 16 * 512 * 512 * 64
 
 
 def test_bytes_of_shapes():
@@ -180,23 +187,30 @@ def test_bytes_of_shapes():
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_plan_of_one_device_has_the_sizes_of_the_step():
-    config = fc.ModelConfig(**MODEL)
-    found = plan(config, topology="cpu:1", mesh={}, batch_size=2, length=16, dtype="float32")
-    weights = fc.profile(fc.Model(jax.tree.map(jnp.zeros_like, _abstract(config)), config), length=16)
+def test_a_plan_of_one_device_has_the_sizes_of_the_step(tmp_path):
+    settings = settings_of(tmp_path, training={"batch_size": 2, "length": 16})
+    found, config = plan(settings, topology="cpu:1", mesh={}), planned_structure(settings)
+    weights = fc.profile(fc.Model(jax.tree.map(jnp.zeros_like, abstract_params(config)), config), length=16)
     assert found.parameters == weights.params and found.parameter_bytes == 4 * weights.params
-    assert found.optimizer_bytes == 2 * found.parameter_bytes + 4
-    assert found.batch_bytes == 2 * 2 * 16 * 4
+    assert found.optimizer_bytes - 2 * found.parameter_bytes in (4, 8)  # counts of steps
+    assert found.batch_bytes == 3 * 2 * 16 * 4 + 4  # ids, labels, packs, and whether to stop
     forward = 2 * 16 * sum(part.flops_per_token for part in weights.parts)
     assert forward * 2.7 < found.flops < forward * 3.3  # once forward, twice backward
     assert found.fits and found.step_seconds is None and not found.collectives
     assert json.loads(json.dumps(found.to_json()))["mesh"] == {}
 
 
-def _abstract(config):
-    from flaxcompress.train.plan import abstract_params
+def test_a_plan_is_of_the_step_that_training_runs(tmp_path):
+    """Every setting of the step changes what is compiled: microbatches, averages, what learns, the optimizer."""
 
-    return abstract_params(config)
+    def of(**changes):
+        return plan(settings_of(tmp_path, **changes), topology="cpu:1", mesh={})
+
+    plain = of()
+    assert of(training={"accumulate": 4}).temporary_bytes < plain.temporary_bytes
+    assert of(training={"ema": 0.9}).optimizer_bytes == plain.optimizer_bytes + plain.parameter_bytes
+    assert of(training={"trainable": "layers/.*"}).optimizer_bytes < plain.optimizer_bytes
+    assert of(optimizer={"name": "lion"}).optimizer_bytes < 0.6 * plain.optimizer_bytes
 
 
 def gathers_of(found):
@@ -208,8 +222,7 @@ def gathers_of(found):
 @pytest.mark.parametrize("sharing", ["all", pytest.param("own", marks=pytest.mark.slow)])
 def test_a_shared_block_is_put_together_once_and_own_ones_layer_by_layer(sharing, tmp_path):
     """Through the command, for 8 devices; six layers, each matrix of which "fsdp" cuts."""
-    settings = {"model": {**MODEL, "sharing": sharing}, "batch_size": 8, "length": 32, "remat": "full"}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(settings))
+    settings_of(tmp_path, model={"config": {**MODEL, "sharing": sharing}}, training={"remat": "full"})
     command = [sys.executable, "-m", "flaxcompress", "plan", "plan.yaml", "--topology", "cpu:8"]
     command += ["--mesh", "fsdp=8", "--json", "plan.json"]
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -230,30 +243,80 @@ def test_other_ways_are_tried_from_near_to_far():
     sizes = {"parameter_bytes": 10**6, "optimizer_bytes": 2 * 10**6, "peak_bytes": 9 * 10**6, "capacity": 4 * 10**6}
     counts = dict.fromkeys(("parameters", "batch_bytes", "flops", "traffic", "compile_seconds"), 0)
     rest = dict.fromkeys(("temporary_bytes", "compute_seconds", "memory_seconds", "link_seconds"))
-    where = {"topology": "v5e:2x2", "chips": 4, "mesh": {"data": 4}, "remat": "none", "dtype": "bfloat16"}
-    first = Plan(**where, batch_size=8, length=8, collectives=(), **sizes, **counts, **rest)
-    ways = [str(way) for way in _others(config, first, 4)]
-    assert ways[:3] == [
-        "--mesh data=4, remat dots",
-        "--mesh data=4, remat full",
-        "--mesh fsdp=4, remat none",
+    where = {"topology": "v5e:2x2", "chips": 4, "mesh": {"data": 4}, "remat": "none", "accumulate": 1}
+    first = Plan(**where, dtype="bfloat16", batch_size=16, length=8, collectives=(), **sizes, **counts, **rest)
+    ways = [str(way) for way in _others(config, first)]
+    assert ways[:6] == [
+        "--mesh data=4 training.remat=dots",
+        "--mesh data=4 training.remat=full",
+        "--mesh data=4 training.remat=full training.accumulate=2",
+        "--mesh data=4 training.remat=full training.accumulate=4",
+        "--mesh fsdp=4 training.remat=none",
+        "--mesh fsdp=4 training.remat=full",
     ]
-    assert "--mesh fsdp=2,model=2, remat full" in ways and len(ways) <= 6
+    assert "--mesh fsdp=2,model=2 training.remat=full" in ways and len(ways) <= 8
     small = dataclasses.replace(first, capacity=first.parameter_bytes)  # whose weights have to be cut
-    assert all("fsdp" in str(way) or "model" in str(way) for way in _others(config, small, 4))
-    assert str(Way(mesh={"data": 2, "model": 4}, remat="none")) == "--mesh data=2,model=4, remat none"
+    assert all("fsdp" in str(way) or "model" in str(way) for way in _others(config, small))
+    few = dataclasses.replace(first, batch_size=4)  # of which microbatches would leave devices without rows
+    assert not any("data=4" in str(way) and way.accumulate > 1 for way in _others(config, few))
 
 
-@pytest.mark.parametrize("head", ["masked_lm", "pretraining", "causal_lm", "sequence_classification", "span"])
-def test_batches_have_what_the_objective_reads(head):
-    config = fc.ModelConfig(**{**MODEL, "head": head, "classes": 2, "pooler": head == "pretraining"})
-    batch = abstract_batch(config, 4, 20)
-    assert batch["labels"].shape == {"sequence_classification": (4,), "causal_lm": (4, 20), "span": (4, 20)}.get(
-        head, (4, 3)
-    )
-    if head == "span":
-        with pytest.raises(ValueError, match="no objective for the head 'span'"):
-            plan(config, topology="cpu:1", mesh={}, batch_size=4, length=8)
+@pytest.mark.parametrize(
+    "task, structure",
+    [
+        ({"name": "masked_lm", "sentence_order": True}, {}),
+        ({"name": "masked_lm", "pack": True}, {}),
+        ("causal_lm", {}),
+        ({"name": "causal_lm", "pack": False}, {}),
+        ("translation", {"decoder": {"layers": 1}}),
+        ("span_corruption", {"decoder": {"layers": 1}}),
+        ("classification", {}),
+        ({"name": "classification", "regression": True}, {}),
+        ("images", {"patches": {"height": 8, "width": 8, "size": 4, "channels": 1}}),
+    ],
+    ids=str,
+)
+def test_batches_are_those_of_training(task, structure, tmp_path, monkeypatch):
+    """The abstract batch is the first batch of a run with these settings, arrays and dtypes; lengths are buckets'."""
+    words = ["One two. Six ten." for _ in range(8)]
+    data = {"train": str(tmp_path / "text.txt"), "separator": ""}
+    (tmp_path / "text.txt").write_text("\n\n".join(words))
+    name = task if isinstance(task, str) else task["name"]
+    if name == "translation":
+        data |= {"train_targets": data["train"], "separator": None}
+        (tmp_path / "text.txt").write_text("\n".join(words))
+    if name == "classification":
+        rows = [f"{i % 2}\t{text}" for i, text in enumerate(words)]
+        (tmp_path / "text.tsv").write_text("\n".join(["label\ttext", *rows]))
+        data = {"train": str(tmp_path / "text.tsv")}
+    if name == "images":
+        images = {"images": np.zeros((8, 8, 8), np.uint8), "labels": np.arange(8, dtype=np.uint8) % 2}
+        np.savez(tmp_path / "images.npz", **images)
+        data = {"train": str(tmp_path / "images.npz")}
+    small = {key: value for key, value in MODEL.items() if key != "vocabulary"}
+    model = {"config": {**small, "layers": 1, **structure}}
+    tokenizer = None if name == "images" else {"kind": "wordpiece", "vocabulary": 200}
+    settings = {"model": model, "task": task, "data": data, "tokenizer": tokenizer, "out": str(tmp_path / "run")}
+    settings |= {"training": {"batch_size": 4, "length": 32, "steps": 1}}
+    config = TrainConfig.from_dict({k: v for k, v in settings.items() if v is not None})
+    given = {}
+
+    class Seen(Exception):
+        pass
+
+    def fit(model, objective, batches, **_):
+        given["batch"] = next(batches)
+        raise Seen
+
+    monkeypatch.setattr("flaxcompress.train.run.fit", fit)
+    with pytest.raises(Seen):
+        train_run(config)
+    shape = lambda x: (x.dtype, x.ndim, len(x))  # noqa: E731
+    planned = abstract_batch(config, planned_structure(config))
+    assert {n: shape(x) for n, x in given["batch"].items()} == {
+        n: (x.dtype, x.ndim, x.shape[0]) for n, x in planned.items()
+    }
+    assert all(x.size <= planned[n].size for n, x in given["batch"].items())
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -285,34 +348,45 @@ def test_what_cannot_be_compiled_here_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"batchsize": 3}, "unknown key 'batchsize'.* did you mean 'batch_size'"),
-        ({"length": None}, "length must be a positive integer, got None"),
-        ({"length": 64}, "length 64, but the model has 32 positions"),
-        ({"optimizer": "adam"}, "unknown optimizer 'adam'.* did you mean 'adamw'"),
-        ({"model": "albert-huge"}, "unknown 'albert-huge'.* did you mean 'albert-large'"),
-        ({"model": {"model_type": "bart"}}, "unknown model_type 'bart'"),
-        ({"dtype": "int8"}, "dtype must be bfloat16 or float32"),
-        ({"formats": {"a": 1}}, "expected pairs of a pattern and a format"),
+        ({"trainig": {}}, "unknown key 'trainig'.* did you mean 'training'"),
+        ({"training": {"length": None}}, "training/length"),
+        (
+            {"model": {"config": {**MODEL, "positions": 16}}},
+            "training/length: 32 tokens, but the model has 16 positions",
+        ),
+        ({"optimizer": "adam"}, "adam"),
+        ({"model": {"architecture": "albert-huge"}}, "unknown 'albert-huge'.* did you mean 'albert-large'"),
+        ({"model": {"config": {"model_type": "bart"}}}, "unknown model_type 'bart'"),
+        ({"training": {"dtype": "int8"}}, "training/dtype"),
+        ({"model": {"config": {**MODEL, "formats": [["a", 1]]}}}, "model/formats: .* needs an object with a 'kind'"),
+        ({"model": {"config": {**MODEL, "vocabulary": None}}}, "vocabulary"),
+        ({"task": "classification"}, "model/classes: a plan without data needs them"),
     ],
+    ids=str,
 )
 def test_settings_that_make_no_sense_are_refused(change, message, tmp_path):
-    settings = {"model": MODEL, "batch_size": 8, "length": 32, **change}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ValueError, match=message):
-        read(tmp_path / "plan.yaml")
+        plan(settings_of(tmp_path, **change), topology="cpu:1", mesh={})
 
 
 def test_settings_are_read(tmp_path):
     rules = [[r"layers/\d+/feed_forward/.*/kernel", {"kind": "low_rank", "keep": 0.5}]]
-    settings = {"model": MODEL, "batch_size": 8, "length": 32, "formats": rules, "remat": "full", "optimizer": "lion"}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(settings))
-    found = read(tmp_path / "plan.yaml")
-    assert found["config"].format_rule("layers/1/feed_forward/up/kernel")["rank"] == 9  # of at most 9.6
-    assert found["remat"] == "full" and found["batch_size"] == 8
-    (tmp_path / "plan.yaml").write_text("- 3\n")
-    with pytest.raises(ValueError, match="expected settings"):
-        read(tmp_path / "plan.yaml")
-    named = {"model": "albert-xxlarge", "batch_size": 8, "length": 32}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(named))
-    config = read(tmp_path / "plan.yaml")["config"]
+    found = planned_structure(settings_of(tmp_path, model={"config": {**MODEL, "formats": rules}}))
+    assert found.format_rule("layers/1/feed_forward/up/kernel")["rank"] == 9  # of at most 9.6
+    unsaid = {name: value for name, value in MODEL.items() if name != "vocabulary"}
+    tokenizer = {"kind": "bpe", "vocabulary": 300}
+    assert planned_structure(settings_of(tmp_path, model={"config": unsaid}, tokenizer=tokenizer)).vocabulary == 300
+    with pytest.raises(ValueError, match="tokenizer: give it, or model/config/vocabulary"):
+        planned_structure(settings_of(tmp_path, model={"config": unsaid}))
+    task = {"name": "masked_lm", "sentence_order": True}
+    config = planned_structure(settings_of(tmp_path, model={"architecture": "albert-xxlarge"}, task=task))
     assert (config.width, config.head, np.unique(config.sharing.attention).size) == (4096, "pretraining", 1)
+    hf = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    hf |= {"intermediate_size": 96, "vocab_size": 100}
+    assert planned_structure(settings_of(tmp_path, model={"config": hf})).head == "causal_lm"
+
+
+def test_the_mesh_is_the_settings_unless_another_is_named(tmp_path):
+    with pytest.raises(ValueError, match="mesh: neither the settings nor the command"):
+        plan(settings_of(tmp_path), topology="cpu:1")
+    assert plan(settings_of(tmp_path, mesh="data=1"), topology="cpu:1").mesh == {"data": 1}

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import linalg, tree
-from flaxcompress.compress.low_rank import rank_for
 from flaxcompress.compress.quantize import compress_matrix as quantize_matrix
 from flaxcompress.compress.rounding import round_banded
 from flaxcompress.compress.step import Context, Step, register_step
@@ -37,6 +36,7 @@ from flaxcompress.formats import (
     QuantizedSpec,
     Tier,
     materialize,
+    rank_for,
 )
 from flaxcompress.formats.banded import Bands
 from flaxcompress.formats.bucketed import MAX_TIERS

@@ -25,7 +25,7 @@ from flaxcompress.formats.base import (
 )
 from flaxcompress.formats.bucketed import Bucketed, BucketedSpec, Tier
 from flaxcompress.formats.fake_quantized import FakeQuantized, thaw
-from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank
+from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank, rank_for
 from flaxcompress.formats.quantized import Quantized, QuantizedSpec
 from flaxcompress.formats.rows import RowFormat, RowSpec
 from flaxcompress.formats.tensor_train import TensorTrain, TensorTrainSpec
@@ -59,6 +59,7 @@ __all__ = [
     "matmul_flops",
     "nbytes",
     "parse_spec",
+    "rank_for",
     "select",
     "spec_for",
     "spec_of",

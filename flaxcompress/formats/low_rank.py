@@ -34,6 +34,27 @@ def break_even_rank(n: int, m: int) -> int:
     return max(0, (n * m - 1) // (n + m))
 
 
+def rank_for(shape: tuple[int, int], rank: int | None, keep: float | None, allow_larger: bool, address: str) -> int:
+    """The rank that `rank` or `keep` (a fraction of the matrix's values) asks for; ValueError when it cannot help."""
+    n, m = shape
+    if (rank is None) == (keep is None):
+        raise ValueError(f"{address}: give either rank or keep, got rank={rank}, keep={keep}")
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"{address}: keep {keep} must lie in (0, 1], the fraction of the matrix's parameters")
+        rank = max(1, int(keep * n * m / (n + m)))
+    assert rank is not None
+    if not 1 <= rank <= min(n, m):
+        raise ValueError(f"{address}: rank {rank} is not in 1 … {min(n, m)} for a {n}×{m} matrix")
+    limit = break_even_rank(n, m)
+    if rank > limit and not allow_larger:
+        raise ValueError(
+            f"{address}: rank {rank} would enlarge a {n}×{m} matrix; use rank <= {limit}, drop it from the pattern, "
+            "or set allow_larger: true"
+        )
+    return rank
+
+
 @flax.struct.dataclass
 class LowRank(Format):
     """The rank-R matrix left · right; a table's rows are looked up in `left`."""

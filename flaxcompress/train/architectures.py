@@ -32,7 +32,15 @@ def architecture(name: str, *, head: str = "none", classes: int | None = None) -
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"model/architecture: unknown {name!r}; {closest(name, ARCHITECTURES)}")
-    hf = dict(ARCHITECTURES[name])
+    return read_architecture(ARCHITECTURES[name], head=head, classes=classes)
+
+
+def read_architecture(hf: Mapping[str, Any], *, head: str = "none", classes: int | None = None) -> ModelConfig:
+    """The structure of a Hugging Face config of a known `model_type`, with a head.
+
+    Raises ValueError for a head that the family does not have.
+    """
+    hf = dict(hf)
     family = FAMILIES[hf["model_type"]]
     if head != "none":
         if head not in family.heads:

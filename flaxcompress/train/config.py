@@ -37,8 +37,9 @@ class ModelSettings:
     Attributes:
       load: a folder, a hub id, or minilm.
       architecture: a published one: albert-base, albert-large, albert-xlarge, albert-xxlarge.
-      config: fields of `ModelConfig`; beside `architecture`, those that differ from it. The vocabulary is the
-        tokenizer's unless it is given.
+      config: fields of `ModelConfig`; beside `architecture`, those that differ from it; or those of a Hugging Face
+        config.json, with its model_type, and formats. The vocabulary is the tokenizer's unless it is given. In formats,
+        low_rank may have keep, a share of a matrix's values, in place of rank.
       head: the model's head; None: the task's, or the one that a loaded model has for the task.
       classes: C, of a classifier.
     """

@@ -152,7 +152,7 @@ def _closing(text: str) -> int:
     raise ValueError(f"HLO: no closing bracket in {text[:80]!r}")
 
 
-class Program:
+class Listing:
     """A compiled program of one device, with how often each of its computations runs."""
 
     def __init__(self, text: str):

@@ -15,9 +15,8 @@ from flaxcompress.train.step import Recipe
 log = logging.getLogger("flaxcompress")
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# From the one that wastes nothing to the one that computes most again.
-_ORDER = ("none", "dots", "full")
-assert set(_ORDER) == set(REMAT)
+REMAT_ORDER = ("none", "dots", "full")  # from the one that wastes nothing to the one that computes most again
+assert set(REMAT_ORDER) == set(REMAT)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -36,18 +35,25 @@ def ways(remat: str, accumulate: int, rows: int) -> list[tuple[str, int]]:
     """(remat, accumulate) to try, the fastest first: more is computed again, then microbatches are halved."""
     found = []
     while rows % accumulate == 0:
-        found += [(kind, accumulate) for kind in _ORDER[_ORDER.index(remat) :]]
+        found += [(kind, accumulate) for kind in REMAT_ORDER[REMAT_ORDER.index(remat) :]]
         accumulate *= 2
     return found
 
 
 def step_bytes(place: OneDevice, recipe: Recipe, state: State, *inputs: Any) -> int:
     """What a device needs at most while it runs a step: inputs, results that replace none of them, and in between."""
-    found = place.lower(recipe, state, *inputs).compile().memory_analysis()
-    if found is None:
+    needed = program_bytes(place.lower(recipe, state, *inputs).compile())
+    if needed is None:
         raise ValueError("memory_limit: this device's compiler does not tell how much memory a program takes")
-    fixed = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return int(fixed + found.temp_size_in_bytes)
+    return sum(needed)
+
+
+def program_bytes(compiled: Any) -> tuple[int, int] | None:
+    """(bytes of inputs and of results that replace none of them, bytes in between) of a program, per device."""
+    if (found := compiled.memory_analysis()) is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(held), int(found.temp_size_in_bytes)
 
 
 def first_that_fits(

@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxcompress.config import ModelConfig
+from flaxcompress.train.abstract import placed
 from flaxcompress.train.sharding import batch_shardings, param_shardings, state_shardings, within
 from flaxcompress.train.state import State, start
 from flaxcompress.train.step import STOP, Recipe, train_step
+from flaxcompress.train.trainable import partition
 
 _STEP = jax.jit(train_step, static_argnums=0, donate_argnums=1)
 
@@ -84,22 +86,38 @@ class OnMesh(OneDevice):
         shardings = self._shardings(recipe, trainable)
         return jax.jit(make, out_shardings=shardings)(trainable)
 
+    def _abstract_start(self, recipe: Recipe, trainable: Any) -> State:
+        return jax.eval_shape(lambda t: start(t, recipe.optimizer, average=recipe.average is not None), trainable)
+
     def _shardings(self, recipe: Recipe, trainable: Any) -> State:
         of = jax.tree.map(lambda x: x.sharding, trainable)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         average = of if recipe.average is not None else None
-        abstract = jax.eval_shape(lambda: start(trainable, recipe.optimizer, average=recipe.average is not None))
-        progress = jax.tree.map(lambda _: everywhere, abstract.progress)
+        progress = jax.tree.map(lambda _: everywhere, self._abstract_start(recipe, trainable).progress)
         return State(of, state_shardings(recipe.optimizer, trainable, of), average, progress)
+
+    def abstract(
+        self, recipe: Recipe, params: Any, constants: Any, batch: Any, trainable: str = ".*"
+    ) -> tuple[State, Any, Any, Any]:
+        """(state, frozen, constants, batch) without values, as a step of this run is given them."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        given = placed(params, param_shardings(params, self.config, self.mesh))
+        moving, frozen = partition(given, trainable)
+        state = placed(self._abstract_start(recipe, moving), self._shardings(recipe, moving))
+        constants = placed(constants, jax.tree.map(lambda _: everywhere, constants))
+        flags = jax.ShapeDtypeStruct((self.mesh.size,), jax.numpy.float32, sharding=self._each_device())
+        return state, frozen, constants, {**placed(batch, batch_shardings(batch, self.mesh)), STOP: flags}
+
+    def _each_device(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
 
     def batch(self, batch: Any, stop: bool = False) -> Any:
         shardings = batch_shardings(batch, self.mesh)
-        placed = jax.tree.map(
+        arrays = jax.tree.map(
             lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch, shardings
         )
         own = np.full(len(self.mesh.local_devices), float(stop), np.float32)
-        everyone = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-        return {**placed, STOP: jax.make_array_from_process_local_data(everyone, own)}
+        return {**arrays, STOP: jax.make_array_from_process_local_data(self._each_device(), own)}
 
     def step(self, recipe: Recipe, state: State) -> Any:
         everywhere = NamedSharding(self.mesh, PartitionSpec())

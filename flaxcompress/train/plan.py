@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,35 +12,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import RowFormat, map_parts, thaw
-from flaxcompress.model import abstract_flat
-from flaxcompress.nn.remat import REMAT, check_remat
+from flaxcompress.nn.logical import BATCH
+from flaxcompress.train.abstract import abstract_batch, abstract_params, count, shard_bytes
 from flaxcompress.train.chips import CHIPS, RESERVED, SOURCE, devices_of, parse_topology
-from flaxcompress.train.hlo import Collective, Program
-from flaxcompress.train.mesh import describe, make_mesh
-from flaxcompress.train.planned_step import Step, abstract_batch, training_step
-from flaxcompress.train.sharding import batch_shardings, check_widths, param_shardings, state_shardings, within
-from flaxcompress.train.trainable import partition
+from flaxcompress.train.config import TrainConfig
+from flaxcompress.train.hlo import Collective, Listing
+from flaxcompress.train.memory import REMAT_ORDER, program_bytes
+from flaxcompress.train.mesh import describe, make_mesh, parse_mesh
+from flaxcompress.train.objectives import Program
+from flaxcompress.train.placement import OnMesh
+from flaxcompress.train.plan_settings import planned_structure
+from flaxcompress.train.sharding import check_widths
+from flaxcompress.train.step import Recipe
+from flaxcompress.train.task_objective import make_objective
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_CANDIDATES = 6  # that are compiled in search of one that fits
+_CANDIDATES = 8  # that are compiled in search of one that fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way of running the step: the mesh's axes, and what is computed again."""
+    """One way of running the step: the mesh's axes, what is computed again, and in how many microbatches."""
 
     mesh: Mapping[str, int]
     remat: str
+    accumulate: int = 1
 
     def __str__(self) -> str:
-        return f"--mesh {describe(self.mesh)}, remat {self.remat}"
+        more = f" training.accumulate={self.accumulate}" if self.accumulate > 1 else ""
+        return f"--mesh {describe(self.mesh)} training.remat={self.remat}{more}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ class Plan:
     chips: int
     mesh: Mapping[str, int]
     remat: str
+    accumulate: int
     dtype: str
     batch_size: int
     length: int
@@ -101,7 +107,7 @@ class Plan:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "program"}
         out["mesh"] = dict(self.mesh)
         out["collectives"] = [{**dataclasses.asdict(c), "axes": list(c.axes), "sent": c.sent} for c in self.collectives]
-        out["better"] = None if self.better is None else {"mesh": dict(self.better.mesh), "remat": self.better.remat}
+        out["better"] = None if self.better is None else dataclasses.asdict(self.better)
         rates = None if self.topology.startswith("cpu") else SOURCE
         return {**out, "fits": self.fits, "step_seconds": self.step_seconds, "rates": rates}
 
@@ -127,10 +133,11 @@ class Plan:
     def _rows(self) -> Iterator[tuple[str, str, str] | None]:
         stated = lambda size: "unknown" if size is None else sized(size)  # noqa: E731
         seconds = lambda time: "–" if time is None else f"{time * 1e3:,.1f} ms"  # noqa: E731
+        parts = f", {self.accumulate} microbatches" if self.accumulate > 1 else ""
         yield "parameters", stated(self.parameter_bytes), f"{self.parameters:,} in all"
         yield "optimizer", stated(self.optimizer_bytes), ""
         yield "batch", stated(self.batch_bytes), ""
-        yield "activations", stated(self.temporary_bytes), f"and gradients; remat {self.remat}, {self.dtype}"
+        yield "activations", stated(self.temporary_bytes), f"and gradients; remat {self.remat}{parts}, {self.dtype}"
         yield "peak", stated(self.peak_bytes), "" if self.capacity is None else f"of {sized(self.capacity)}"
         if self.temporary_bytes is None:
             return
@@ -157,77 +164,68 @@ class Plan:
 
 
 def plan(
-    config: ModelConfig,
+    settings: TrainConfig,
     *,
     topology: str,
-    mesh: Mapping[str, int],
-    batch_size: int,
-    length: int,
-    optimizer: optax.GradientTransformation | None = None,
-    remat: str = "none",
-    dtype: str = "bfloat16",
-    step: Callable[..., Step] = training_step,
+    mesh: Mapping[str, int] | None = None,
     suggest: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Compiles one training step for a topology and reads from the program what it needs there; nothing is run.
+    """Compiles the step of a training run for a topology and reads from the program what it needs there; runs nothing.
 
     Args:
+      settings: of the run; its data are not read, but for the classes of a classifier whose settings leave them open.
       topology: "v5e:16x16", which takes libtpu but no TPU, or "cpu:8".
-      mesh: {axis: size}, see `make_mesh`.
-      batch_size: examples of a step, over all chips.
-      length: tokens of an example.
-      optimizer: None for AdamW.
-      remat: see `nn/remat.py`.
-      dtype: of the computation; parameters and optimizer are float32.
-      step: (config, optimizer, dtype, remat) -> the step; the objective is in it.
-      suggest: where it does not fit, compiles up to six other meshes and kinds of remat, the nearest first, for one
-        that does.
+      mesh: {axis: size}, see `make_mesh`; None: the settings'.
+      suggest: where it does not fit, compiles up to eight other meshes, kinds of remat and microbatches, the nearest
+        first, for one that does.
       report: called with a line before each of these.
 
     Raises:
       ValueError: an unknown topology, or one that cannot be compiled for here; a mesh that does not match it, or cuts
-        what it does not divide; an unknown remat.
+        what it does not divide; settings that do not go together.
     """
-    check_remat(remat)
-    optimizer = optax.adamw(1e-4) if optimizer is None else optimizer
-    devices = devices_of(topology)
-    make = functools.partial(
-        _plan, config, topology, devices, batch_size, length, optimizer=optimizer, dtype=dtype, step=step
-    )
-    first = make(Way(mesh=dict(mesh), remat=remat))
+    if mesh is None and settings.mesh is None:
+        raise ValueError("mesh: neither the settings nor the command names the axes of the mesh")
+    training = settings.training
+    sizes = parse_mesh(settings.mesh or "") if mesh is None else dict(mesh)
+    config = planned_structure(settings)
+    if config.patches is None and training.length > config.positions:
+        raise ValueError(f"training/length: {training.length} tokens, but the model has {config.positions} positions")
+    make = functools.partial(_plan, settings, config, topology, devices_of(topology))
+    first = make(Way(mesh=sizes, remat=training.remat, accumulate=training.accumulate))
     if first.fits or not suggest:
         return first
     assert first.capacity is not None
-    for way in _others(config, first, len(devices)):
+    for way in _others(config, first):
         report(f"{first.peak_bytes / 1e9:.1f} GB of {first.capacity / 1e9:.1f}: trying {way}")
         if make(way).fits:
             return dataclasses.replace(first, better=way)
     return first
 
 
-def _others(config: ModelConfig, first: Plan, chips: int) -> Iterator[Way]:
-    """Other ways, those that change least first: more is computed again; weights are cut; heads are cut."""
+def _others(config: ModelConfig, first: Plan) -> Iterator[Way]:
+    """Other ways, those that change least first: more is computed again; microbatches; weights are cut; heads are."""
     sizes = {"dcn": 1, "data": 1, "fsdp": 1, "sequence": 1, "model": 1, **first.mesh}
-    stronger = REMAT[REMAT.index(first.remat) + 1 :][::-1]
-    order = sorted(stronger, key=("dots", "full").index)
-    ways = [Way(mesh=sizes, remat=remat) for remat in order]
+    parts, own = first.accumulate, first.remat
+    ways = [(sizes, remat, parts) for remat in REMAT_ORDER[REMAT_ORDER.index(own) + 1 :]]
+    ways += [(sizes, "full", parts * more) for more in (2, 4)]
     cut = {**sizes, "data": 1, "fsdp": sizes["data"] * sizes["fsdp"]}
-    ways += [Way(mesh=cut, remat=remat) for remat in (first.remat, "full") if cut != sizes]
+    if cut != sizes:
+        ways += [(cut, own, parts), (cut, "full", parts), (cut, "full", parts * 4)]
     while cut["fsdp"] % 2 == 0:
         cut = {**cut, "fsdp": cut["fsdp"] // 2, "model": cut["model"] * 2}
-        ways.append(Way(mesh=cut, remat="full"))
-    tried = {str(Way(mesh=sizes, remat=first.remat))}
-    for way in ways:
-        if str(way) not in tried and _could_fit(config, way, first, chips) and len(tried) <= _CANDIDATES:
+        ways.append((cut, "full", parts))
+    tried = {str(Way(mesh=sizes, remat=own, accumulate=parts))}
+    for mesh, remat, accumulate in ways:
+        way = Way(mesh=mesh, remat=remat, accumulate=accumulate)
+        if str(way) not in tried and _could_fit(config, way, first) and len(tried) <= _CANDIDATES:
             tried.add(str(way))
             yield way
 
 
-def _could_fit(config: ModelConfig, way: Way, first: Plan, chips: int) -> bool:
-    """Whether the mesh cuts the model at all, and weights and optimizer alone leave room."""
-    from jax.sharding import AbstractMesh
-
+def _could_fit(config: ModelConfig, way: Way, first: Plan) -> bool:
+    """Whether the mesh cuts the model and the batch at all, and weights and optimizer alone leave room."""
     mesh = AbstractMesh(tuple(way.mesh.values()), tuple(way.mesh))
     try:
         check_widths(config, mesh)  # pyright: ignore[reportArgumentType]
@@ -236,49 +234,48 @@ def _could_fit(config: ModelConfig, way: Way, first: Plan, chips: int) -> bool:
     cuts = way.mesh["fsdp"] * way.mesh["model"]
     before = first.mesh.get("fsdp", 1) * first.mesh.get("model", 1)
     least = (first.parameter_bytes + first.optimizer_bytes) * before / cuts
-    return (
-        first.capacity is not None and least < first.capacity and first.batch_size % (chips // way.mesh["model"]) == 0
+    rows = math.prod(way.mesh[axis] for axis in BATCH) * way.accumulate
+    return first.capacity is not None and least < first.capacity and first.batch_size % rows == 0
+
+
+def _plan(settings: TrainConfig, config: ModelConfig, topology: str, devices: list[Any], way: Way) -> Plan:
+    training = settings.training
+    split, constants = make_objective(settings).split()
+    dtype = training.dtype or ("float32" if topology.startswith("cpu") else "bfloat16")
+    optimizer = settings.optimizer.build(training.steps)
+    recipe = Recipe(
+        Program(split, config, jnp.dtype(dtype), way.remat), optimizer, way.accumulate, training.ema, training.spike
     )
-
-
-def _plan(
-    config: ModelConfig,
-    topology: str,
-    devices: list[Any],
-    batch_size: int,
-    length: int,
-    way: Way,
-    *,
-    optimizer: optax.GradientTransformation,
-    dtype: str,
-    step: Callable[..., Step],
-) -> Plan:
-    mesh = make_mesh(**way.mesh, devices=devices)
     params = abstract_params(config)
-    given = _placed(config, params, optimizer, abstract_batch(config, batch_size, length), mesh)
-    sizes = [shard_bytes(each) for each in given]
+    place = OnMesh(make_mesh(**way.mesh, devices=devices), config)
+    batch = abstract_batch(settings, config)
+    given = place.abstract(recipe, params, tree.abstract(constants), batch, training.trainable)
+    state, frozen, constants, batch = given
+    sizes = [shard_bytes(each) for each in ((state.trainable, frozen), (state.optimizer, state.average), batch)]
     chip = CHIPS.get(parse_topology(topology)[0])
-    known: dict[str, Any] = {"topology": topology, "chips": len(devices), "mesh": dict(way.mesh), "remat": way.remat}
-    known |= {"dtype": dtype, "batch_size": batch_size, "length": length, "parameters": count(params)}
-    known |= {"parameter_bytes": sizes[0] + sizes[1], "optimizer_bytes": sizes[2], "batch_bytes": sizes[3]}
+    known: dict[str, Any] = {"topology": topology, "chips": len(devices), **dataclasses.asdict(way), "dtype": dtype}
+    known |= {"batch_size": training.batch_size, "length": training.length, "parameters": count(params)}
+    known |= dict(zip(("parameter_bytes", "optimizer_bytes", "batch_bytes"), sizes, strict=True))
     start = time.perf_counter()
     try:
-        compiled = _compile(step(config, optimizer, jnp.dtype(dtype), way.remat), given, mesh)
+        with place.context():
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            compiled = place.lower(recipe, *given, key).compile()
     except jax.errors.JaxRuntimeError as error:
         used, capacity = _overflow(error, sum(sizes))
         nothing = {"temporary_bytes": None, "collectives": (), "flops": 0.0, "traffic": 0.0, "compute_seconds": None}
         known |= {**nothing, "memory_seconds": None, "link_seconds": None}
         return Plan(**known, peak_bytes=used, capacity=capacity, compile_seconds=time.perf_counter() - start)
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    seconds, needed = time.perf_counter() - start, program_bytes(compiled)
+    assert needed is not None  # these compilers tell
     program = compiled.as_text()
-    read = Program(program)
-    collectives = tuple(read.collectives(dict(mesh.shape)))
+    read = Listing(program)
+    collectives = tuple(read.collectives(dict(place.mesh.shape)))
     flops, traffic = read.flops(), read.traffic()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
         **known,
-        temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=held + memory.temp_size_in_bytes,
+        temporary_bytes=needed[1],
+        peak_bytes=sum(needed),
         capacity=None if chip is None else chip.memory - RESERVED,
         collectives=collectives,
         flops=flops,
@@ -291,57 +288,12 @@ def _plan(
     )
 
 
-def abstract_params(config: ModelConfig) -> Any:
-    """The parameters as they are trained (see `thaw_model`), abstract."""
-
-    def trained(node: Any, table: bool) -> Any:
-        del table
-        if isinstance(node, RowFormat):
-            return thaw(node)
-        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if floating(leaf) else leaf, node)
-
-    make = lambda node: map_parts(node, trained, table=False)  # noqa: E731
-    return tree.unflatten({address: jax.eval_shape(make, node) for address, node in abstract_flat(config).items()})
-
-
-def _placed(config: ModelConfig, params: Any, optimizer: Any, batch: Any, mesh: Mesh) -> tuple[Any, Any, Any, Any]:
-    """(trainable and other parameters, the optimizer's state, the batch), abstract, each leaf with its sharding."""
-    with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    shardings = param_shardings(params, config, mesh)
-    moving, fixed = partition(jax.tree.map(with_sharding, params, shardings))
-    state = jax.eval_shape(optimizer.init, moving)
-    state = jax.tree.map(with_sharding, state, state_shardings(optimizer, moving, shardings))
-    return moving, fixed, state, jax.tree.map(with_sharding, batch, batch_shardings(batch, mesh))
-
-
-def _compile(step: Step, given: tuple[Any, Any, Any, Any], mesh: Mesh) -> Any:
-    shardings = [jax.tree.map(lambda leaf: leaf.sharding, each) for each in (given[0], given[2])]
-    with within(mesh):
-        jitted = jax.jit(step, donate_argnums=(0, 2), out_shardings=(*shardings, None))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return jitted.lower(*given, key).compile()
-
-
-def shard_bytes(placed: Any) -> int:
-    """Bytes of the arrays on one device."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(placed)
-    )
-
-
 def sized(size: float) -> str:
     """Bytes in the unit that suits them."""
     for unit, power in (("GB", 1e9), ("MB", 1e6)):
         if size >= power:
             return f"{size / power:,.2f} {unit}"
     return f"{size / 1e3:,.1f} kB"
-
-
-def count(params: Any) -> int:
-    """How many numbers a tree holds."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
 def _overflow(error: Exception, given: int) -> tuple[int, int]:

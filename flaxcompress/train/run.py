@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from flaxcompress.config.yaml_file import read_yaml
 from flaxcompress.data.batches import PlannedBatches
 from flaxcompress.data.frame import whole_tokenizer
-from flaxcompress.folder import load, save
+from flaxcompress.folder import save
 from flaxcompress.model import Model
 from flaxcompress.storage import write_files
 from flaxcompress.train.cluster import same_everywhere
@@ -27,12 +27,12 @@ from flaxcompress.train.fit import fit
 from flaxcompress.train.loop import Watch
 from flaxcompress.train.mesh import make_mesh, parse_mesh
 from flaxcompress.train.metrics import Metrics, read_metrics
-from flaxcompress.train.objectives import Classification, Distill, MaskedLM, NextToken, Objective
+from flaxcompress.train.objectives import Distill
 from flaxcompress.train.outputs import Outputs
 from flaxcompress.train.report import TrainReport
 from flaxcompress.train.task_data import task_data
 from flaxcompress.train.task_model import make_model
-from flaxcompress.train.tasks import ClassificationTask, DistillTask, ImagesTask, MaskedLMTask
+from flaxcompress.train.task_objective import make_objective
 from flaxcompress.train.throughput import peak_of
 from flaxcompress.train.watch import ShapedBatches, Watcher
 
@@ -104,21 +104,6 @@ def run(
             files = {"report.json": json.dumps(report.to_json(), indent=2) + "\n", "report.html": report.to_html()}
             write_files(outputs.folder, files)
         return report
-
-
-def make_objective(config: TrainConfig) -> Objective:
-    """What the task minimises. Raises ValueError for settings that it does not have."""
-    task, z_loss = config.task, config.training.z_loss
-    if isinstance(task, MaskedLMTask):
-        return MaskedLM(order=task.order_weight, z_loss=z_loss)
-    if isinstance(task, (ClassificationTask, ImagesTask, DistillTask)) and z_loss:
-        raise ValueError(f"training/z_loss: {task.name} has none; leave it out")
-    if isinstance(task, (ClassificationTask, ImagesTask)):
-        return Classification(label_smoothing=task.label_smoothing)
-    if isinstance(task, DistillTask):
-        weights = {n: getattr(task, n) for n in ("cosine", "hidden", "logits", "temperature")}
-        return Distill(teacher=load(task.teacher), **weights)
-    return NextToken(label_smoothing=getattr(task, "label_smoothing", 0.0), z_loss=z_loss)
 
 
 def _check_teacher(teacher: Model, model: Model) -> None:

@@ -25,7 +25,7 @@ from flaxcompress.data.tasks import (
     translation_batches,
 )
 from flaxcompress.text import Assets
-from flaxcompress.train.config import TrainConfig
+from flaxcompress.train.config import DataSettings, TrainConfig
 from flaxcompress.train.tasks import (
     CausalLMTask,
     ClassificationTask,
@@ -152,7 +152,9 @@ class LabelledData(TaskData):
             yield from (text,) if isinstance(text, str) else text
 
     def _read(self, validation: bool) -> Labelled:
-        return _read_labelled(self.config, validation)
+        task = self.config.task
+        assert isinstance(task, ClassificationTask)
+        return _read_labelled(self.config.data, task, validation)
 
     def _batches(self, assets, model, *, validation, **options):
         return classification_batches(
@@ -168,15 +170,13 @@ class LabelledData(TaskData):
 
 
 @functools.lru_cache(maxsize=2)
-def _read_labelled(config: TrainConfig, validation: bool) -> Labelled:
-    data, task = config.data, config.task
-    assert isinstance(task, ClassificationTask)
+def _read_labelled(data: DataSettings, task: ClassificationTask, validation: bool) -> Labelled:
     options: dict[str, Any] = {"regression": task.regression, "max_bad_lines": data.max_bad_lines}
     if data.columns:
         *texts, label = data.columns
         options |= {"label": label, "text": texts[0], "pair": texts[1] if len(texts) > 1 else None}
     if validation and not task.regression:
-        options["names"] = _read_labelled(config, False).names
+        options["names"] = _read_labelled(data, task, False).names
     return read_labelled(list(data.validation if validation else data.train), **options)
 
 

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from flaxcompress import storage
-from flaxcompress.config import ModelConfig, Patches
-from flaxcompress.config.part import part_reader
 from flaxcompress.data.frame import special_id
 from flaxcompress.data.train_tokenizer import train_tokenizer, vocabulary_size
 from flaxcompress.folder import load, resolve
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, generation_config_file, read_assets
-from flaxcompress.train.architectures import architecture
 from flaxcompress.train.cluster import same_everywhere
 from flaxcompress.train.config import ModelSettings, TrainConfig
+from flaxcompress.train.structure import structure
 from flaxcompress.train.task_data import TaskData
 from flaxcompress.train.tasks import CausalLMTask, ImagesTask, SpanCorruptionTask, TranslationTask
 
 _SENTINELS = 100  # as T5 has
 _MASKED = ("masked_lm", "pretraining")
-_Read = TypeVar("_Read")
 
 
 def make_model(config: TrainConfig, data: TaskData, folder: Path, *, key: jax.Array) -> Model:
@@ -41,15 +37,19 @@ def make_model(config: TrainConfig, data: TaskData, folder: Path, *, key: jax.Ar
     """
     settings = config.model
     if settings.load is not None:
-        model = _loaded(config, data, key)
+        model = load_model(config, data, key=key)
     else:
         assets = _tokenizer(config, data, folder)
-        model = Model.init(_structure(config, data, assets), key=key, assets=assets)
+        sizes: dict[str, Any] = {"vocabulary": None}
+        if assets is not None:
+            sizes = {"vocabulary": vocabulary_size(assets), "pad": special_id(assets, "pad") or 0}
+        model = Model.init(structure(config, **sizes, classes=_classes(settings, data)), key=key, assets=assets)
     _check(config, model)
     return model
 
 
-def _loaded(config: TrainConfig, data: TaskData, key: jax.Array) -> Model:
+def load_model(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:
+    """The model that the settings name, with a head for the task; `key` draws one that it does not have."""
     settings, wanted = config.model, config.task.head
     assert settings.load is not None
     if settings.head is not None:
@@ -105,55 +105,6 @@ def _learned(config: TrainConfig, data: TaskData, kept: Path) -> dict[str, str]:
         with storage.new_folder(kept) as new:
             storage.write_files(new, {**dict(made.files), **ids})
     return {path.name: path.read_text("utf-8") for path in sorted(kept.iterdir())}
-
-
-def _structure(config: TrainConfig, data: TaskData, assets: Assets | None) -> ModelConfig:
-    settings, task = config.model, config.task
-    head = settings.head or task.head
-    given = dict(settings.config or {})
-    fields: dict[str, Any] = {"head": head}
-    if assets is not None:
-        fields |= {"vocabulary": vocabulary_size(assets), "pad_token": special_id(assets, "pad") or 0}
-    if (classes := _classes(settings, data)) is not None:
-        fields["classes"] = classes
-    if head == "pretraining":
-        fields["classes"] = 2
-    if settings.architecture is not None:
-        base = architecture(settings.architecture, head=head, classes=fields.get("classes"))
-        kept = {"vocabulary": base.vocabulary} if fields.get("vocabulary", 0) <= base.vocabulary else {}
-        return _within_model(lambda: ModelConfig.from_json({**base.to_json(), **fields, **kept, **given}))
-    fields["positions"] = config.training.length
-    if isinstance(task, ImagesTask):
-        if not isinstance(given.get("patches"), Mapping):
-            raise ValueError("model/config: a model of images needs patches: {height, width, size, channels}")
-        patches = _within_model(lambda: part_reader(Patches)(given["patches"], "config/patches"))
-        fields |= {"vocabulary": 0, "segments": 0, "positions": 1 + patches.count}
-    if isinstance(task, CausalLMTask):
-        fields |= {"causal": True, "pooler": False, "segments": 0}
-    if isinstance(given.get("decoder"), Mapping):
-        fields |= {"pooler": False, "segments": 0}
-        given["decoder"] = _decoder(given, config.training.length)
-    return _within_model(lambda: ModelConfig.from_json({**fields, **given}))
-
-
-def _decoder(given: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The fields of a decoder that follow from the encoder's."""
-    decoder = dict(given["decoder"])
-    sharing = decoder.get("sharing", "own")
-    if isinstance(sharing, str) or (isinstance(sharing, Mapping) and "name" in sharing):
-        named = {"name": sharing} if isinstance(sharing, str) else dict(sharing)
-        decoder["sharing"] = {"cross_attention": True, **named}
-    fixed = {"vocabulary": 0, "causal": True, "head": "none", "pooler": False, "segments": 0, "positions": length}
-    same = ("width", "heads", "feed_forward_width", "norm", "norm_place", "final_norm", "activation", "dropout")
-    return {**fixed, **{name: given[name] for name in same if name in given}, **decoder}
-
-
-def _within_model(read: Callable[[], _Read]) -> _Read:
-    """What `read` gives; its mistakes say that they are the model's."""
-    try:
-        return read()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"model/{error}") from None
 
 
 def _check(config: TrainConfig, model: Model) -> None:
