@@ -162,3 +162,10 @@ def test_closest():
     assert closest("zzz", ["query"]) == "known: query"
     assert closest("x", []) == "known: nothing"
     reject_unknown("here", ["a"], ["a", "b"])
+
+
+def test_a_name_stands_for_sharing():
+    sizes = {"vocabulary": 8, "width": 4, "layers": 4, "heads": 1, "feed_forward_width": 4}
+    config = ModelConfig(**sizes, sharing={"name": "cycle", "sets": 2})
+    assert config.sharing == Sharing.named("cycle", layers=4, sets=2)
+    assert ModelConfig(**sizes, sharing="all") == ModelConfig.from_json({**sizes, "sharing": "all"})

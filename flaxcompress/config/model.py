@@ -118,8 +118,8 @@ class ModelConfig:
       lexicon: embeddings from outside for tokens of a lexicon's terms; None: there are none.
       decoder: the structure of the decoder that attends to these layers' output; None: there is none. Its vocabulary is
         0, since it reads this token table, and its matrices stand below "decoder/".
-      sharing: which weight set each layer uses, part by part; None: every layer owns its weights. JSON may have a name
-        in its place: "all", or {"name": "cycle", "sets": 3} (see `Sharing.named`).
+      sharing: which weight set each layer uses, part by part; None: every layer owns its weights. A name may
+        stand for it: "all", or {"name": "cycle", "sets": 3} (see `Sharing.named`).
 
     Raises ValueError on construction when fields contradict each other.
     """
@@ -184,12 +184,14 @@ class ModelConfig:
     logit_bias: bool = False
     lexicon: Lexicon | None = None
     decoder: ModelConfig | None = None
-    sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (None: every layer owns its weights)
+    sharing: Sharing = None  # pyright: ignore[reportAssignmentType]  (a name or None becomes one)
     formats: tuple[FormatRule, ...] = ()
 
     def __post_init__(self):
         if self.patches is not None and self.vocabulary != 0:
             raise ValueError(f"config: a model of images has no vocabulary, got {self.vocabulary}")
+        if isinstance(self.sharing, (str, Mapping)):  # a name stands for maps of so many layers
+            object.__setattr__(self, "sharing", read_sharing(self.sharing, "config/sharing", self.layers))
         decodes = self.sharing is not None and bool(self.sharing.cross_attention)
         sizes = ("width", "layers", "heads", "positions")
         for name in sizes if self.patches is not None or decodes else ("vocabulary", *sizes):
@@ -419,8 +421,6 @@ class ModelConfig:
         values = dict(data)
         if values.get("decoder") is not None:
             values["decoder"] = cls.from_json(values["decoder"])
-        if values.get("sharing") is not None:  # a name stands for maps of so many layers
-            values["sharing"] = read_sharing(values["sharing"], "config/sharing", values["layers"])
         for name, read in _READERS.items():
             if values.get(name) is not None:
                 values[name] = read(values[name], f"config/{name}")

@@ -89,6 +89,7 @@ def devices_of(text: str) -> list[Any]:
     # Libtpu would ask the cloud which machine this is, and JAX leaves its complaint in these variables.
     settings = {"TPU_ACCELERATOR_TYPE": CHIPS[kind].environment, "TPU_WORKER_ID": "0"}
     settings |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    settings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # nothing runs, so that several plans do not disturb each other
     for name, value in settings.items():
         if "WARNING" in os.environ.get(name, "WARNING"):
             os.environ[name] = value
