@@ -17,6 +17,7 @@ from flaxcompress.data import (
     read_pairs,
     read_texts,
 )
+from flaxcompress.data.calibration import is_file_source
 from flaxcompress.data.sentences import cut, split_sentences, undo_spacing
 
 STS = "score\tsentence1\tsentence2\n5.0\tA man sings.\tA man is singing.\n0\tA dog runs.\tIt rains today.\n"
@@ -393,3 +394,10 @@ def test_word_level_corpus_becomes_plain_sentences(data_dir):
     assert not any(mark in s for s in got for mark in ("<unk>", " @-@ ", " @,@ ", " , ", " 's "))
     assert not any(s.startswith("=") for s in got)
     assert sum(s.endswith(" .") for s in got) == 0
+
+
+def test_a_text_with_a_colon_at_its_end_is_a_text(tmp_path):
+    texts = [f"{first}. All that follows is said by this:" for first in sentences(60)]
+    assert calibration_text(texts).name == calibration_text(sentences(60)).name
+    (tmp_path / "x.bin").write_text("a")
+    assert is_file_source(f"{tmp_path}/x.bin:") and not is_file_source(texts[0])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxcompress.data.docstrings import docstring_sentences
-from flaxcompress.data.readers import parse_source, read_texts
+from flaxcompress.data.readers import read_texts
 from flaxcompress.data.sentences import clean_sentences
 
 LEAST_SENTENCES = 32
@@ -88,7 +88,10 @@ def read_sentences(files: Sequence[str | Path]) -> Iterator[str]:
 
 def is_file_source(source: str | Path) -> bool:
     """Whether a string means a file: it exists, or ends like a text file, with or without ":column"."""
-    return isinstance(source, Path) or os.path.exists(parse_source(source)[0]) or bool(_FILE_NAME.fullmatch(source))
+    if isinstance(source, Path) or _FILE_NAME.fullmatch(source) or os.path.exists(source):
+        return True
+    head = source.rpartition(":")[0]  # of a text, too: most have a colon somewhere
+    return bool(head) and os.path.exists(head)
 
 
 def source_name(files: Sequence[str | Path]) -> str:
