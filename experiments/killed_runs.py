@@ -162,8 +162,10 @@ def two_processes(runs: Runs, kills: int, rng: random.Random) -> dict[str, Any]:
         began = time.time()
         status = pair[1 - victim].wait(timeout=300)
         seconds = time.time() - began
+        pair[victim].wait()
         said = (runs.folder / "pair-killed.log").read_text().splitlines()
-        words = next((line for line in reversed(said) if line.startswith("flaxcompress")), said[-1] if said else "")
+        fatal = "Terminating process because the JAX distributed service"
+        words = next(line for line in reversed(said) if line.startswith("flaxcompress: another") or fatal in line)
         found.append({"killed": victim, "seconds": round(seconds, 1), "status": status, "said": words[:300]})
         print(found[-1], flush=True)
     finish(runs.pair("pair-killed"), "the pair's last part")

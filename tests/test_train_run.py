@@ -320,14 +320,30 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(texts, checkpoint, tmp_pa
     assert [row["step"] for row in read_metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
-def test_two_processes_find_each_other_and_write_one_folder(texts, tmp_path):
+def start_pair(path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    path = written(tmp_path, small(texts, tmp_path / "run", training__steps=2, training__evaluate_every=2))
     known = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    pair = [start(path, "--mesh", "data=2", **known, JAX_PROCESS_ID=str(number)) for number in (0, 1)]
+    return [start(path, "--mesh", "data=2", **known, JAX_PROCESS_ID=str(number)) for number in (0, 1)]
+
+
+@pytest.mark.slow
+def test_a_process_whose_peer_was_killed_ends_soon_and_says_why(texts, tmp_path):
+    pair = start_pair(written(tmp_path, small(texts, tmp_path / "run", training__steps=100000)))
+    lines = tmp_path / "run" / "metrics.jsonl"
+    while not lines.exists() and all(process.poll() is None for process in pair):
+        time.sleep(0.05)
+    pair[1].kill()
+    said = pair[0].communicate(timeout=60)[0]
+    assert pair[0].returncode == 1 and "another process of the run has ended" in said, said
+    assert "start all of them again" in said and "Traceback" not in said
+    pair[1].communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_find_each_other_and_write_one_folder(texts, tmp_path):
+    pair = start_pair(written(tmp_path, small(texts, tmp_path / "run", training__steps=2, training__evaluate_every=2)))
     said = [process.communicate()[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert "2 steps" in said[0] and "2 steps" not in said[1]

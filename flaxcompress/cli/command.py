@@ -30,6 +30,9 @@ class Verb:
     def check(self) -> None:
         """Raises ValueError for settings that are no command; called while the command is parsed."""
 
+    def failed(self, status: int) -> None:
+        """Called when `run` failed and what is to be said has been said, before the process ends."""
+
     def run(self) -> Any:
         """Does the work; returns what is printed."""
         raise NotImplementedError

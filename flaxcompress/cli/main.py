@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from flaxcompress.cli.command import PROGRAM, Ended, Failure
+from flaxcompress.cli.command import PROGRAM, Ended, Failure, Verb
 from flaxcompress.cli.parse import parse
 from flaxcompress.cli.process import ask_for_huge_pages, interruptible, keep_freed_memory, quiet
 
@@ -34,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
     if argv is None and verb.wants_huge_pages:
         ask_for_huge_pages()
+    status = _run(verb)
+    if status in (FAILED, MISTAKE):
+        verb.failed(status)
+    return status
+
+
+def _run(verb: Verb) -> int:
     with quiet(verb.debug), interruptible():
         try:
             table = verb.run()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from tyro.conf import Positional, arg
 
-from flaxcompress.cli.command import Debug, Ended, Verb, with_caption
+from flaxcompress.cli.command import Debug, Ended, Failure, Verb, with_caption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,14 @@ class Train(Verb):
         if not 0 <= self.stopped_status <= 125:
             raise ValueError(f"--stopped-status must lie in 0 … 125, got {self.stopped_status}")
 
+    def failed(self, status: int) -> None:
+        from flaxcompress.train.cluster import leave_at_once
+
+        leave_at_once(status)
+
     def run(self) -> Any:
         """Returns the report's table."""
-        from flaxcompress.train.cluster import join_cluster, leave_cluster
+        from flaxcompress.train.cluster import PeerLost, join_cluster, leave_cluster, noticing_lost_peers
 
         join_cluster()  # before anything uses a device
 
@@ -55,8 +60,12 @@ class Train(Verb):
         mesh = [] if self.mesh is None else [f"mesh={self.mesh}"]
         config = TrainConfig.load(self.config, [*self.changes, *mesh])
         try:
-            report = run(config, allow_changes=self.allow_config_change, progress=True, profile=self.profile)
+            with noticing_lost_peers():
+                report = run(config, allow_changes=self.allow_config_change, progress=True, profile=self.profile)
+        except PeerLost as lost:
+            raise Failure(str(lost)) from lost
         except Stopped as stop:
+            leave_cluster()
             raise Ended(f"{stop}; give the same command again to go on from there", self.stopped_status) from None
         first = jax.process_index() == 0
         leave_cluster()

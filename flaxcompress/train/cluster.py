@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,10 @@ import numpy as np
 
 # A process that says nothing for so long is taken for dead, and the others end. JAX's own 100 seconds leave a pod idle.
 HEARTBEAT_SECONDS = 20
+_LAST_WORDS = 1.0  # seconds in which the others say what they met, before the first process's end ends them
+_GONE = re.compile(
+    r"[Gg]loo|NCCL|coordination|heartbeat|[Bb]arrier|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed)"
+)
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -83,6 +90,34 @@ def leave_cluster() -> None:
     if jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # the others are gone already
             jax.distributed.shutdown()
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run has ended, so that this one cannot go on."""
+
+
+@contextlib.contextmanager
+def noticing_lost_peers() -> Iterator[None]:
+    """Raises `PeerLost` for what JAX's collectives say when a process at their other end is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized() or not _GONE.search(str(error)):
+            raise
+        raise PeerLost(
+            f"another process of the run has ended ({str(error).splitlines()[0]}); start all of them again: they go on "
+            "from the last checkpoint"
+        ) from error
+
+
+def leave_at_once(status: int) -> None:
+    """Ends a process whose run failed. Alone, it only returns; the others of a run would be waited for in vain."""
+    if not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(_LAST_WORDS)
+    os._exit(status)  # JAX's own way out waits for all processes, up to five minutes
 
 
 def same_everywhere(make: Callable[[], Any]) -> Any:
