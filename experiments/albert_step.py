@@ -68,7 +68,7 @@ def ours(folder: Path, all_tokens: bool) -> Callable[[int], list[float]]:
 
     model = fc.load(str(folder))
     place, optimizer = OneDevice(), optax.adamw(RATE, weight_decay=0.01)
-    recipe = Recipe(Program(fc.MaskedLM(), model.config, np.float32), optimizer)
+    recipe = Recipe(Program(fc.MaskedLM(), model.config, np.float32, "dots"), optimizer)
     moving, frozen = partition(place.params(thaw_model(model)))
     state, given = place.start(recipe, moving), batches(model.config.vocabulary)
     for batch in given:

@@ -55,7 +55,7 @@ class Heal(Step):
     weight_decay: float = 0.0
     clip: float = 1.0
     save_every: int = 100
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots"] = "dots"
 
     def __post_init__(self):
         for name in ("batch", "max_length", "save_every"):

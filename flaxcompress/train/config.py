@@ -139,7 +139,7 @@ class TrainingSettings:
     batch_size: int
     length: int = 128
     accumulate: int = 1
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "dots"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
     z_loss: float = 0.0

@@ -43,7 +43,7 @@ def fit(
     trainable: str = ".*",
     original: Model | None = None,
     accumulate: int = 1,
-    remat: str = "none",
+    remat: str = "dots",
     dtype: str | None = None,
     memory_limit: int | str | None = None,
     ema: float | None = None,
@@ -79,7 +79,8 @@ def fit(
       trainable: a pattern of addresses: what it does not match in full stays as it is.
       original: where it has a quantized matrix unrounded, training starts from that.
       accumulate: microbatches per step; the gradient is the whole batch's.
-      remat: what the backward pass computes again to save memory: "none", "dots" or "full".
+      remat: what the backward pass computes again: "dots" (all but products with weights), which saves memory and,
+        where memory is slow, time; "full" (each layer), or "none".
       dtype: of the computation, "float32" or "bfloat16"; None: as the device likes it.
       memory_limit: bytes of each device, or "12GB", that a step may take: `remat` and `accumulate` are then only where
         the search begins; what fits is found by compiling (see `train/memory.py`).
