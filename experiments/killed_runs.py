@@ -11,7 +11,10 @@ microbatches and averaged weights, in float32, through `flaxcompress train`:
 
     python experiments/killed_runs.py --json experiments/killed_runs.json
 
-RESULTS
+Result (`killed_runs.json`; two cores): 1. equal; killed at steps 36 to 227 of 500, twice while it started. 2. equal;
+the other process ended after 0.2 s where the first one was killed (JAX ends it, status -6), after 1.2 s otherwise
+(status 1), both with "another process of the run has ended …; start all of them again". 3. at most 1.8e-7 over the 260
+steps that followed; 0 on one device.
 """
 
 from __future__ import annotations

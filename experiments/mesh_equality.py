@@ -5,8 +5,6 @@ model and sequence alone, in pairs and threes, and with dcn. A deviation is the 
 of the gradient, over the largest element of its leaf; everything is float32.
 
     python experiments/mesh_equality.py --json experiments/mesh_equality.json
-
-RESULTS
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ chip, collectives, products, the roofline, and which weights are gathered over w
 Command (libtpu is needed for v5e: pip install "jax[tpu]==0.10.2" beside the project; no TPU is):
 
     python experiments/plan_topologies.py --json experiments/plan_topologies.json
-
-RESULTS
 """
 
 from __future__ import annotations
