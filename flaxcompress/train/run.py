@@ -68,7 +68,7 @@ def run(
             _check_teacher(objective.teacher, model)
         batches = ShapedBatches(data.train(model.assets, model.config))
         validation = None
-        if config.data.validation:
+        if config.data.validates:
             validation = _passes(data.validation(model.assets, model.config), training.validation_batches)
         outputs.copy()
         with contextlib.ExitStack() as stack:

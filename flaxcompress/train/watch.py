@@ -83,6 +83,8 @@ def _note(found: Mapping[str, float]) -> str:
     parts = []
     if (rate := found.get("tokens_per_second")) is not None:
         parts.append(f"{rate:,.0f} tokens/s")
+    if (rate := found.get("images_per_second")) is not None:
+        parts.append(f"{rate:,.0f} images/s")
     if (mfu := found.get("mfu")) is not None:
         parts.append(f"MFU {mfu:.1%}")
     return " ".join(parts)
