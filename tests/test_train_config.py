@@ -146,10 +146,8 @@ def test_environment_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_DATA", "/data")
     monkeypatch.delenv("NO_SUCH_DATA", raising=False)
     path = tmp_path / "small.yaml"
-    text = TrainConfig.from_dict(SMALL).to_yaml()
-    path.write_text(
-        text.replace("text.txt", "${SOME_DATA}/text.txt").replace("b.txt", "${NO_SUCH_DATA}/b.txt"), "utf-8"
-    )
+    files = {"train": "${SOME_DATA}/text.txt", "validation": ["a.txt", "${NO_SUCH_DATA}/b.txt"]}
+    path.write_text(TrainConfig.from_dict(changed("data", files)).to_yaml(), "utf-8")
     with pytest.raises(ValueError, match=r"data/validation: .* NO_SUCH_DATA is not set; set it, or give data.validat"):
         TrainConfig.load(path)
     config = TrainConfig.load(path, ["data.validation=${SOME_DATA}${SOME_DATA}"])

@@ -49,7 +49,8 @@ def bleu(name: str, beams: int) -> dict[str, Any]:
     for i in range(0, len(order), 2 * _ROWS):
         rows = order[i : i + 2 * _ROWS]
         new = model.config.decoder.positions - 1
-        for row, text in zip(rows, model.generate([sources[r] for r in rows], max_new_tokens=new, beams=beams)):
+        found = model.generate([sources[row] for row in rows], max_new_tokens=new, beams=beams)
+        for row, text in zip(rows, found, strict=True):
             answers[row] = text.strip()
     metric = sacrebleu.BLEU()
     score = metric.corpus_score(answers, [targets])
@@ -72,9 +73,8 @@ def bits(name: str) -> dict[str, Any]:
     before, tokenizer = find_frame(model.assets).before, whole_tokenizer(model.assets)
     nats, tokens = 0.0, 0
     length = model.config.positions
-    windows = [
-        w for s in stories for w in windows_of([*before, *tokenizer.encode(s, add_special_tokens=False).ids], length)
-    ]
+    texts = [[*before, *tokenizer.encode(story, add_special_tokens=False).ids] for story in stories]
+    windows = [window for text in texts for window in windows_of(text, length)]
     for i in range(0, len(windows), _ROWS):
         ids, counted = np.zeros((_ROWS, length), np.int32), np.zeros((_ROWS, length), bool)
         for row, (window, first) in enumerate(windows[i : i + _ROWS]):

@@ -24,16 +24,16 @@ class Portion(NamedTuple):
             yield from examples
             return
         last: collections.deque[_Item] = collections.deque()
-        total = 0
-        for total, example in enumerate(examples, 1):
+        enough = False
+        for example in examples:
             last.append(example)
             if len(last) > self.count:
-                first = last.popleft()
+                enough, first = True, last.popleft()
                 if not self.held_out:
                     yield first
-        if total <= self.count:
+        if not enough:
             raise ValueError(
-                f"data/hold_out: {self.count} examples are to be held out, but there are {total}; hold out fewer"
+                f"data/hold_out: {self.count} examples are to be held out, but there are {len(last)}; hold out fewer"
             )
         if self.held_out:
             yield from last
