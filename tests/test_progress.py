@@ -1,9 +1,13 @@
-"""Progress where stderr is no terminal: a line now and then."""
+"""What a run says of itself while it goes: lines where stderr is no terminal, and the learning rate of every step."""
 
+import types
+
+import numpy as np
 import pytest
 
 from flaxcompress import progress
-from flaxcompress.train.watch import _note
+from flaxcompress.train.schedule import SCHEDULES, make_schedule
+from flaxcompress.train.watch import ShapedBatches, Watcher, _note
 
 
 @pytest.fixture
@@ -40,6 +44,25 @@ def test_what_is_over_soon_says_nothing(clock, capsys, show):
         clock[0] = 3700.0 if not show else 59.0
         advance(10)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [1, 4])
+def test_the_rate_that_is_written_is_that_of_the_step(schedule, warmup):
+    rates, found = make_schedule(schedule, peak=0.5, steps=12, warmup=warmup), []
+    metrics = types.SimpleNamespace(write=lambda step, values: found.append(values["learning_rate"]))
+    watcher = Watcher(metrics, ShapedBatches(iter(())), None, rates=rates, steps=12)
+    for step in range(1, 13):
+        watcher(step, {"loss": 1.0})
+    np.testing.assert_allclose(found, [float(rates(step)) for step in range(12)], rtol=1e-6, atol=1e-9)
+
+
+def test_a_rate_that_never_changes():
+    found = []
+    metrics = types.SimpleNamespace(write=lambda step, values: found.append(values["learning_rate"]))
+    rates = make_schedule("constant", peak=0.5, steps=3, warmup=0)
+    Watcher(metrics, ShapedBatches(iter(())), None, rates=rates, steps=3)(3, {"loss": 1.0})
+    assert found == [0.5]
 
 
 def test_images_are_counted_beside_the_bar():

@@ -25,6 +25,7 @@ _HARMLESS = (
     "training/keep_last",
     "training/keep_best",
     "training/remat",
+    "training/unroll",
     "training/memory_limit",
     "data/threads",
     "data/cache",
@@ -151,6 +152,7 @@ class TrainingSettings:
     buckets: int | tuple[int, ...] = 4
     accumulate: int = 1
     remat: Literal["none", "dots", "full"] = "none"
+    unroll: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
     z_loss: float = 0.0
@@ -168,7 +170,7 @@ class TrainingSettings:
     take_best: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "length", "accumulate", "save_every", "keep_last"):
+        for name in ("steps", "batch_size", "length", "accumulate", "unroll", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training/{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("keep_best", "evaluate_every", "z_loss"):
