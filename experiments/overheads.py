@@ -7,6 +7,8 @@ fifth step to its end, when the last checkpoint is on the disk. Two models: ALBE
 steps are short, so that batches have little time), and a BERT of MiniLM's size, whose checkpoint has 272 MB.
 
     python experiments/overheads.py --json experiments/overheads.json
+
+Not measured yet.
 """
 
 from __future__ import annotations

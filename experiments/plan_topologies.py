@@ -7,6 +7,11 @@ chip, collectives, products, the roofline, and which weights are gathered over w
 Command (libtpu is needed for v5e: pip install "jax[tpu]==0.10.2" beside the project; no TPU is):
 
     python experiments/plan_topologies.py --json experiments/plan_topologies.json
+
+Result so far (`plan_topologies.json`, beside other work on two cores): ALBERT-xxlarge with fsdp=64,model=4 fits, 1.76
+of 16.9 GB; compiled in 35 s; the block's weights are gathered over "fsdp" alone, outside of the loop over layers.
+ALBERT-base on v5e 4×4 with data=16 fits, 1.88 GB; compiled in 88 s; no weight is gathered. The other cases have not
+been measured since plans compile the step that training runs.
 """
 
 from __future__ import annotations

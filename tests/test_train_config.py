@@ -39,7 +39,7 @@ def changed(path, value):
 def test_defaults_are_filled_in_and_a_resolved_config_reads_as_itself():
     config = TrainConfig.from_dict(SMALL)
     assert config.data.train == ("text.txt",) and config.data.validation == ("a.txt", "b.txt")
-    assert config.optimizer.name == "adamw" and config.training.remat == "none" and config.task.mask_rate == 0.15
+    assert config.optimizer.name == "adamw" and config.training.remat == "dots" and config.task.mask_rate == 0.15
     resolved = config.resolved()
     assert resolved["task"]["name"] == "masked_lm" and resolved["optimizer"]["schedule"] == "cosine"
     assert TrainConfig.from_dict(resolved) == config

@@ -11,24 +11,16 @@ import jax.numpy as jnp
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.data.masking import masked_count
-from flaxcompress.formats import RowFormat, map_parts, thaw
 from flaxcompress.model import abstract_flat
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.tasks import CausalLMTask, ClassificationTask, DistillTask, ImagesTask, MaskedLMTask
+from flaxcompress.train.trainable import thaw_matrix
 
 
 def abstract_params(config: ModelConfig) -> Any:
     """The parameters as they are trained (see `thaw_model`)."""
-
-    def trained(node: Any, table: bool) -> Any:
-        del table
-        if isinstance(node, RowFormat):
-            return thaw(node)
-        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if floating(leaf) else leaf, node)
-
-    make = lambda node: map_parts(node, trained, table=False)  # noqa: E731
-    return tree.unflatten({address: jax.eval_shape(make, node) for address, node in abstract_flat(config).items()})
+    flat = abstract_flat(config)
+    return tree.unflatten({address: jax.eval_shape(thaw_matrix, node) for address, node in flat.items()})
 
 
 def abstract_batch(settings: TrainConfig, config: ModelConfig) -> dict[str, Any]:

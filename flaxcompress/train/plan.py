@@ -28,6 +28,7 @@ from flaxcompress.train.placement import OnMesh
 from flaxcompress.train.plan_settings import planned_structure
 from flaxcompress.train.sharding import check_widths
 from flaxcompress.train.step import Recipe
+from flaxcompress.train.structure import check_length
 from flaxcompress.train.task_objective import make_objective
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -190,8 +191,7 @@ def plan(
     training = settings.training
     sizes = parse_mesh(settings.mesh or "") if mesh is None else dict(mesh)
     config = planned_structure(settings)
-    if config.patches is None and training.length > config.positions:
-        raise ValueError(f"training/length: {training.length} tokens, but the model has {config.positions} positions")
+    check_length(settings, config)
     make = functools.partial(_plan, settings, config, topology, devices_of(topology))
     first = make(Way(mesh=sizes, remat=training.remat, accumulate=training.accumulate))
     if first.fits or not suggest:

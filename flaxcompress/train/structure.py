@@ -47,6 +47,13 @@ def structure(config: TrainConfig, *, vocabulary: int | None, pad: int = 0, clas
     return _within_model(lambda: _with_formats(found, rules))
 
 
+def check_length(settings: TrainConfig, config: ModelConfig) -> None:
+    """Raises ValueError where rows are longer than the model has positions."""
+    length = settings.training.length
+    if config.patches is None and length > config.positions:
+        raise ValueError(f"training/length: {length} tokens, but the model has {config.positions} positions")
+
+
 def _published(name: str | None, given: dict[str, Any], fields: dict[str, Any]) -> ModelConfig:
     """A structure by its name, or by its Hugging Face config."""
     head, classes = fields["head"], fields.get("classes")

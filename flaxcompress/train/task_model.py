@@ -17,7 +17,7 @@ from flaxcompress.model import Model
 from flaxcompress.text import Assets, generation_config_file, read_assets
 from flaxcompress.train.cluster import same_everywhere
 from flaxcompress.train.config import ModelSettings, TrainConfig
-from flaxcompress.train.structure import structure
+from flaxcompress.train.structure import check_length, structure
 from flaxcompress.train.task_data import TaskData
 from flaxcompress.train.tasks import CausalLMTask, ImagesTask, SpanCorruptionTask, TranslationTask
 
@@ -108,15 +108,14 @@ def _learned(config: TrainConfig, data: TaskData, kept: Path) -> dict[str, str]:
 
 
 def _check(config: TrainConfig, model: Model) -> None:
-    structure, length = model.config, config.training.length
-    if structure.patches is not None:
+    check_length(config, model.config)
+    if model.config.patches is not None:
         return
-    if length > structure.positions:
-        raise ValueError(f"training/length: {length} tokens, but the model has {structure.positions} positions")
     if not model.assets.has_tokenizer:
         raise ValueError(f"model: {config.model.load} holds no tokenizer; texts cannot be read for it")
-    if (size := vocabulary_size(model.assets)) > structure.vocabulary:
+    size, known = vocabulary_size(model.assets), model.config.vocabulary
+    if size > known:
         raise ValueError(
-            f"model: the tokenizer has {size} tokens, but the model's vocabulary {structure.vocabulary} entries: they "
-            "do not belong together"
+            f"model: the tokenizer has {size} tokens, but the model's vocabulary {known} entries: they do not belong "
+            "together"
         )

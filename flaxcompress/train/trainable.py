@@ -28,16 +28,19 @@ def thaw_model(model: Model, original: Model | None = None) -> Any:
         source = dense.get(address)
         if isinstance(source, Format) or (source is not None and tuple(source.shape) != tuple(node.shape)):
             source = None
-        out[address] = _thaw(node, None if source is None else np.asarray(source, np.float32))
+        out[address] = thaw_matrix(node, None if source is None else np.asarray(source, np.float32))
     return tree.unflatten(out)
 
 
-def _thaw(node: Any, source: np.ndarray | None) -> Any:
+def thaw_matrix(node: Any, source: np.ndarray | None = None) -> Any:
+    """One matrix of `thaw_model`; `source` are its unrounded values."""
     if isinstance(node, RowFormat):
         return thaw(node, source.T if source is not None and node.transposed else source)
     if isinstance(node, Format) and node.parts():
         targets = node.part_targets(source)
-        return node.with_parts([_thaw(part.node, dense) for part, dense in zip(node.parts(), targets, strict=True)])
+        return node.with_parts(
+            [thaw_matrix(part.node, dense) for part, dense in zip(node.parts(), targets, strict=True)]
+        )
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if floating(leaf) else leaf, node)
 
