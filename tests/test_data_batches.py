@@ -26,6 +26,8 @@ from flaxcompress.data import (
     vocabulary_size,
 )
 from flaxcompress.data.frame import whole_tokenizer
+from flaxcompress.data.portion import Portion
+from flaxcompress.data.tasks import masked_lm
 from flaxcompress.data.tasks.images import moved
 from flaxcompress.data.token_cache import corpus_tokens
 
@@ -448,6 +450,27 @@ def test_the_cache_is_read_again_until_something_changes(tmp_path):
     with pytest.raises(ValueError, match="vocabulary has 7"):
         corpus_tokens(bad, ENCODER, vocabulary=7)
     assert list((tmp_path / "other").iterdir()) == []  # nothing half-written is left
+
+
+def test_what_is_held_out_has_tokens_of_its_own_in_the_cache(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(TEXTS))
+    whole, first, last = (
+        corpus_tokens(Corpus(path, cache=tmp_path / "cache", portion=portion), ENCODER)
+        for portion in (Portion(), Portion(7), Portion(7, held_out=True))
+    )
+    np.testing.assert_array_equal(np.concatenate([first.ids, last.ids]), whole.ids)
+    assert len(first.documents) == len(TEXTS) - 7 + 1 and len(last.documents) == 7 + 1
+
+
+def test_a_blank_line_ends_a_sentence():
+    """A heading between blank lines has no full stop; it can stand on either side of a pair's border."""
+    text = "Bala kone.\n \n = miso = \n\nRula tevi."
+    tokens = corpus_tokens(Corpus([text]), ENCODER, masked_lm._sentence_units)
+    assert len(tokens.units) - 1 == 3
+    batches = masked_lm_batches([text], ENCODER, length=48, batch_size=1, sentence_order=True, epochs=20, threads=0)
+    borders = {int(np.flatnonzero(np.diff(batch["segment_ids"][0]))[0]) for batch in batches}
+    assert len(borders) > 1
 
 
 def test_words_are_those_of_the_tokenizer():

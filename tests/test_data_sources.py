@@ -12,6 +12,7 @@ import pytest
 from flaxcompress.data import Corpus, read_images, read_labelled, read_parallel, read_texts
 from flaxcompress.data.hub import HubData
 from flaxcompress.data.images import read_idx
+from flaxcompress.data.portion import Portion
 
 
 def write(path, content):
@@ -37,6 +38,24 @@ def test_documents_of_plain_lines(tmp_path, gz, separator, want):
     path = write(tmp_path / f"a.txt{gz}", "one\ntwo\n\nthree <eot> four\nfive\n\n")
     assert documents(path, separator=separator) == want
     assert documents([path, str(path)], separator=separator) == want * 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_the_last_examples_are_held_out(count):
+    texts = ["one", " ", "two", "three", "four", " ", "five"]  # blank ones count for nothing
+    all_of = documents(texts)
+    kept, held_out = (documents(texts, portion=Portion(count, held_out=h)) for h in (False, True))
+    if count:
+        assert (kept, held_out) == (all_of[:-count], all_of[-count:])
+    else:
+        assert kept == held_out == all_of
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("count", [5, 9])
+def test_something_must_be_left_to_train_on(count, held_out):
+    with pytest.raises(ValueError, match=rf"data/hold_out: {count} examples are to be held out, but there are 5"):
+        list(Portion(count, held_out=held_out).of(range(5)))
 
 
 def test_documents_of_columns(tmp_path):

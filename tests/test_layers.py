@@ -130,6 +130,22 @@ def test_one_layer_and_dropout_rematerialise_too():
         np.testing.assert_allclose(a, b, rtol=0, atol=64 * EPS * max(np.abs(b).max(), 1e-3))
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_that_are_unrolled_have_the_same_gradient_without_a_loop(remat):
+    config = BASE.replace(layers=6, sharing=fc.Sharing.named("cycle", layers=6, sets=3))
+    layers, x = random_params(config)["layers"], jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 8)))
+    programs = {
+        unroll: jax.jit(functools.partial(stack_gradient, config, remat, unroll=unroll)).lower(layers, x).compile()
+        for unroll in (1, 2, 6)
+    }
+    loops = [program.as_text().count(" while(") for program in programs.values()]
+    assert min(loops[:2]) > loops[2] == 0
+    want, *others = (program(layers, x) for program in programs.values())
+    for got in others:
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=64 * config.layers * EPS * max(np.abs(b).max(), 1e-3))
+
+
 def test_unknown_kinds_of_rematerialisation():
     with pytest.raises(ValueError, match=r"remat: unknown kind 'dot'.*did you mean 'dots'"):
         run(random_params(BASE), BASE, jnp.float32, IDS, remat="dot")

@@ -138,6 +138,37 @@ def test_a_plan_refuses_steps_that_do_not_fit(model, step, message):
         fc.Recipe([step]).plan(model)
 
 
+@pytest.fixture(scope="module")
+def viewer():
+    """A model of images."""
+    patches = {"height": 8, "width": 8, "size": 4, "channels": 1}
+    fields = {"width": 32, "layers": 2, "heads": 2, "feed_forward_width": 64, "positions": 5, "segments": 0}
+    head = {"pooler": False, "head": "sequence_classification", "classes": 3}
+    config = fc.ModelConfig.from_json({"vocabulary": 0, "patches": patches, **fields, **head})
+    return fc.Model.init(config, key=jax.random.key(0))
+
+
+def test_a_model_of_images_is_compressed_without_text(viewer, tmp_path):
+    recipe = fc.Recipe([fc.LowRank(".*/up/kernel", rank=8, whitening="none"), fc.Quantize(rounding="mse")])
+    small, report = fc.compress(viewer, recipe, key=jax.random.key(0), work=tmp_path / "work")
+    assert small.nbytes < viewer.nbytes / 3 and report.fidelity is None
+    again, _ = fc.compress(viewer, recipe, key=jax.random.key(0), work=tmp_path / "work")  # with a step of before
+    pixels = np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype("f")
+    np.testing.assert_array_equal(small(pixel_values=pixels).logits, again(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize("step", [fc.Quantize(), fc.LowRank(".*/up/kernel", rank=4), fc.Heal(steps=1)])
+def test_steps_that_need_text_refuse_a_model_of_images(viewer, step):
+    with pytest.raises(ValueError, match=f"{step.name}: .* model of images; set rounding: mse"):
+        fc.compress(viewer, fc.Recipe([step]), key=jax.random.key(0))
+
+
+def test_text_for_a_model_of_images_is_refused(viewer, sentences):
+    recipe = fc.Recipe([fc.Quantize(rounding="mse")])
+    with pytest.raises(ValueError, match="images cannot be calibrated on text"):
+        fc.compress(viewer, recipe, calibration=sentences, key=jax.random.key(0))
+
+
 def test_a_model_without_tokenizer_is_refused(model):
     bare = model.replace(assets=fc.Assets(max_length=32))
     with pytest.raises(ValueError, match="no tokenizer"):

@@ -88,6 +88,9 @@ WRONG = [
     ("data/train_targets", "b.txt", ["data: train_targets and validation_targets"]),
     ("data/train_targets", ["a", "b"], ["data: 1 files, but 2 of targets"]),
     ("task", "translation", ["translation needs train_targets, or columns"]),
+    ("data/hold_out", -1, ["data/hold_out", "not be negative"]),
+    ("data/hold_out", 3, ["hold_out takes validation data", "give it or validation"]),
+    ("training/buckets", "many", ["training/buckets: expected int, got 'many'"]),
     ("data/threads", -1, ["data/threads"]),
     ("optimizer", {"name": "adamv"}, ["'adamv'", "adamw"]),
     ("optimizer", {"warmup": 100}, ["warmup of 100", "run of 100"]),
@@ -112,6 +115,18 @@ def test_evaluations_need_data():
         TrainConfig.from_dict(settings)
 
 
+def test_what_is_held_out_is_evaluated_on():
+    settings = changed("training/evaluate_every", 10)
+    settings["data"] = {"train": "text.txt", "hold_out": 5}
+    assert TrainConfig.from_dict(settings).data.validates
+
+
+def test_images_may_have_their_labels_inside_one_file_and_beside_another():
+    settings = changed("task", "images")
+    settings["data"] = {"train": "a.gz", "train_targets": "b.gz", "validation": "c.npz"}
+    assert TrainConfig.from_dict(settings).data.validation_targets == ()
+
+
 def test_a_loaded_model_brings_its_tokenizer():
     with pytest.raises(ValueError, match="a loaded model has its own"):
         TrainConfig.from_dict(changed("model", {"load": "minilm"}))
@@ -125,6 +140,19 @@ def test_changes_from_a_command_line(tmp_path):
     assert config.training.steps == 7 and config.optimizer.learning_rate == 1e-3
     assert config.data.train == ("x.txt", "y.txt") and config.task.ngram == 1
     assert config.mesh == "data=2,model=2" and config.metrics.wandb is None
+
+
+def test_environment_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_DATA", "/data")
+    monkeypatch.delenv("NO_SUCH_DATA", raising=False)
+    path = tmp_path / "small.yaml"
+    files = {"train": "${SOME_DATA}/text.txt", "validation": ["a.txt", "${NO_SUCH_DATA}/b.txt"]}
+    path.write_text(TrainConfig.from_dict(changed("data", files)).to_yaml(), "utf-8")
+    with pytest.raises(ValueError, match=r"data/validation: .* NO_SUCH_DATA is not set; set it, or give data.validat"):
+        TrainConfig.load(path)
+    config = TrainConfig.load(path, ["data.validation=${SOME_DATA}${SOME_DATA}"])
+    assert config.data.train == ("/data/text.txt",) and config.data.validation == ("/data/data",)
+    assert TrainConfig.load(path, ["data.validation=$SOME_DATA", "out=a{1}$"]).out == "a{1}$"  # as it stands
 
 
 @pytest.mark.parametrize(
@@ -194,6 +222,14 @@ def test_what_a_resumed_run_may_change():
         "training/steps: 100 -> 200",
         "optimizer/name: 'adamw' -> 'lion'",
     ]
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default():
+    old = TrainConfig.from_dict(SMALL).resolved()
+    del old["training"]["buckets"]
+    assert TrainConfig.from_dict(SMALL).changed(old) == []
+    other = TrainConfig.from_dict(changed("training/buckets", [16, 128]))
+    assert other.changed(old) == ["training/buckets: 4 -> [16, 128]"]
 
 
 # Parameters without heads, as Lan et al. 2020, table 1 gives them in millions: 12, 18, 60 and 235.

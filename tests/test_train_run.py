@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -159,6 +160,50 @@ TASKS = {
     "images": {"task": "{name: images, flip: true}"},
     "distill": {"task": "{name: distill, teacher: TEACHER}"},
 }
+
+
+def plain(settings, texts, name):
+    """The settings of a task of `TASKS`, or of classification, with its files."""
+    fields = settings["model"]["config"]
+    del fields["embedding_width"]
+    if name == "classification":
+        settings["data"] = {part: str(texts / f"{part}.tsv") for part in ("train", "validation")} | {"threads": 0}
+    if name == "translation":
+        fields["decoder"] = {"layers": 1}
+        train, targets = str(texts / "train.en"), str(texts / "train.xx")
+        settings["data"] = {"train": train, "train_targets": targets, "threads": 0}
+    if name == "images":
+        del settings["tokenizer"]
+        fields |= {"patches": {"size": 4, "channels": 1, "height": 8, "width": 8}}
+        settings["data"] = {"train": str(texts / "train.npz"), "threads": 0}
+    return settings
+
+
+@pytest.mark.parametrize("name", ["causal", "translation", "images", "classification"])
+def test_what_is_held_out_is_not_trained_on(texts, tmp_path, name):
+    """Of 40 examples 7 are for validation: other ones than the 33 that are trained on."""
+    more = TASKS.get(name, {"task": "{name: classification}"})
+    settings = plain(small(texts, tmp_path / "run", **more), texts, name)
+    settings["data"] |= {"hold_out": 7}
+    settings["data"].pop("validation", None)
+    if name == "causal":
+        settings["task"]["pack"] = False
+    settings["training"] |= {"batch_size": 1, "length": 128, "buckets": [8, 128], "evaluate_every": 0}
+    config = TrainConfig.from_dict(settings)
+    data = task_data(config)
+    model = make_model(config, data, tmp_path, key=jax.random.key(0))
+    train, validation = data.train(model.assets, model.config), data.validation(model.assets, model.config)
+    assert (train.rows, validation.rows) == (33, 7)
+    given = "pixel_values" if name == "images" else "input_ids"
+    whole = task_data(dataclasses.replace(config, data=dataclasses.replace(config.data, hold_out=0)))
+    every = whole.train(model.assets, model.config)
+    seen = [
+        sorted(next(batches)[given].tobytes().rstrip(b"\0") for _ in range(batches.rows))
+        for batches in (train, validation, every)
+    ]
+    assert sorted(seen[0] + seen[1]) == seen[2]
+    if name != "images":
+        assert {next(train)[given].shape[1] for _ in range(33)} <= {8, 128}
 
 
 @pytest.mark.slow

@@ -42,22 +42,22 @@ def compress(
 
     Args:
       calibration: sentences, or text files, from which statistics are gathered and the model heals; part of them is
-        held out to measure fidelity. None takes the docstrings of Python's standard library.
+        held out to measure fidelity. None takes the docstrings of Python's standard library. A model of images takes
+        none: only steps that need no text run on it, and the report has no fidelity.
       key: decides every random choice.
       work: a folder where finished steps and healing checkpoints are kept; a call with the same model, recipe, text and
         key goes on from there.
 
     Raises:
-      ValueError: a step does not fit the model, the checkpoint has no tokenizer, or there is too little text.
+      ValueError: a step does not fit the model, the checkpoint has no tokenizer, there is too little text, or text for
+        a model of images.
     """
     start = time.perf_counter()
     recipe.plan(model)
-    if not model.assets.has_tokenizer:
-        raise ValueError("compress: the checkpoint has no tokenizer, so nothing can be calibrated or measured")
-    text = calibration_text(calibration)
+    text = _text(model, calibration)
     folder = _work_folder(work, model, recipe, text, key)
     context = Context(original=model, work=folder, progress=progress)
-    if recipe.needs:
+    if recipe.needs and text is not None:
         vocabulary = model.config.vocabulary
         context.calibration = Calibration(text, model.assets, vocabulary=vocabulary, scrambled=recipe.scrambled)
     small, done, earlier = model, [], 0.0
@@ -71,25 +71,40 @@ def compress(
         if folder is not None and [p.name for p in folder.iterdir()] == ["run.json"]:
             shutil.rmtree(folder)
         raise
-    held_out = list(text.held_out)
-    vectors, reference = (m.encode(held_out, progress=progress) for m in (small, model))
     length = min(128, small.config.positions)
     before, after = profile(model, length=length), profile(small, length=length)
     report = Report(
         params={"before": before.params, "after": after.params},
         bytes={"before": file_bytes(model), "after": file_bytes(small)},
         flops_per_token={"before": before.flops_per_token, "after": after.flops_per_token},
-        fidelity=compare_vectors(vectors, reference, data=f"{text.name}, held out"),
+        fidelity=None if text is None else _fidelity(small, model, text, progress),
         steps=tuple(done),
         seconds=time.perf_counter() - start + earlier,
         parts={"before": before.to_json()["parts"], "after": after.to_json()["parts"]},
         spectra=tuple(context.spectra),
         healing=tuple(context.healing),
         recipe=recipe.to_json(),
-        calibration=text.name,
+        calibration="" if text is None else text.name,
         source=model.assets.source,
     )
     return small, report
+
+
+def _text(model: Model, calibration: CalibrationText | Sequence[str | Path] | None) -> CalibrationText | None:
+    """The text that the steps may read; None for a model of images."""
+    if model.config.patches is not None:
+        if calibration is not None:
+            raise ValueError("compress: a model of images cannot be calibrated on text; leave the calibration text out")
+        return None
+    if not model.assets.has_tokenizer:
+        raise ValueError("compress: the checkpoint has no tokenizer, so nothing can be calibrated or measured")
+    return calibration_text(calibration)
+
+
+def _fidelity(small: Model, model: Model, text: CalibrationText, progress: bool) -> dict[str, Any]:
+    held_out = list(text.held_out)
+    vectors, reference = (m.encode(held_out, progress=progress) for m in (small, model))
+    return compare_vectors(vectors, reference, data=f"{text.name}, held out")
 
 
 def file_bytes(model: Model) -> int:
@@ -130,7 +145,7 @@ def _run_step(number, step, model: Model, context: Context, key, recipe: Recipe)
     return model, entry
 
 
-def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText, key) -> Path | None:
+def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText | None, key) -> Path | None:
     """The work folder, emptied of another run's state. Raises ValueError for a folder that holds something else."""
     if work is None:
         return None
@@ -143,7 +158,7 @@ def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText, key)
         "assets": model.assets.digest,
         "config": model.config.to_json(),
         "recipe": recipe.to_json(),
-        "text": text.digest,
+        "text": None if text is None else text.digest,
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
     mark = folder / "run.json"

@@ -39,6 +39,11 @@ class Context:
     def need(self, step: Step) -> Calibration:
         """The calibration, or ValueError when there is none."""
         if self.calibration is None:
+            if self.original.config.patches is not None:
+                raise ValueError(
+                    f"{step.name}: these settings need text, and this is a model of images; set rounding: mse, "
+                    "whitening: none, and heal by `flaxcompress train` on images"
+                )
             raise ValueError(f"{step.name}: needs calibration text; pass calibration=")
         return self.calibration
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,6 +80,30 @@ def with_changes(settings: Mapping[str, Any], changes: Iterable[str]) -> dict[st
             here = inner
         here[names[-1]] = parse_yaml(text, change)
     return out
+
+
+def with_variables(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The settings with every ${NAME} in a text replaced by the environment variable of that name.
+
+    Raises ValueError, with the path, for a variable that is not set.
+    """
+    return {name: _filled_in(value, f"{path}{name}") for name, value in settings.items()}
+
+
+def _filled_in(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        return with_variables(value, f"{path}/")
+    if isinstance(value, list):
+        return [_filled_in(inner, path) for inner in value]
+    return _VARIABLE.sub(lambda found: _variable(found[1], path), value) if isinstance(value, str) else value
+
+
+def _variable(name: str, path: str) -> str:
+    if name not in os.environ:
+        raise ValueError(
+            f"{path}: the environment variable {name} is not set; set it, or give {path.replace('/', '.')}=…"
+        )
+    return os.environ[name]
 
 
 def _copied(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from flaxcompress.data.bad_lines import BadLines
 from flaxcompress.data.calibration import is_file_source
 from flaxcompress.data.hub import PREFIX, HubData
+from flaxcompress.data.portion import Portion
 from flaxcompress.data.readers import (
     Bad,
     Record,
@@ -55,6 +56,7 @@ class Corpus:
       cache: a folder where the tokens of files are kept, and found again while files and tokenizer stay the same (those
         of the Hub's data sets by their names alone); they are then read from there, not held in memory. Processes may
         share it.
+      portion: which of the documents.
     """
 
     source: Source
@@ -62,6 +64,7 @@ class Corpus:
     separator: str | None = None
     max_bad_lines: int = 100
     cache: Path | None = None
+    portion: Portion = Portion()  # noqa: RUF009  (a tuple, never changed)
 
     @property
     def files(self) -> list[str | Path] | None:
@@ -73,9 +76,13 @@ class Corpus:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: nothing but blank lines, too many bad ones, and what `read_texts` raises for a whole file.
+          ValueError: nothing but blank lines, too many bad ones, all documents held out, and what `read_texts` raises
+            for a whole file.
           TypeError: a text in memory is not a string.
         """
+        return self.portion.of(self._all_documents())
+
+    def _all_documents(self) -> Iterator[str]:
         files = self.files
         if files is None:
             yield from _texts(self.source)  # pyright: ignore[reportArgumentType]

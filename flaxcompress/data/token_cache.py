@@ -59,6 +59,7 @@ def corpus_tokens(
 def _key(corpus: Corpus, assets: Assets, options: Sequence[object]) -> str:
     """A hash of all that the tokens depend on."""
     listed = [corpus.column, corpus.separator, corpus.max_bad_lines, assets.digest, *options]
+    listed += [list(corpus.portion)] if corpus.portion.count else []
     for file in corpus.files or ():
         if isinstance(file, str) and file.startswith(PREFIX):
             listed.append(file)

@@ -150,10 +150,12 @@ class Stack(nn.Module):
         need_attentions: bool = False,
         record: Record | None = None,
         remat: str = "none",
+        unroll: int = 1,
     ) -> StackOutput:
         """Runs the layers; `record(inputs, mask)` reduces what each kernel is multiplied by (see `Linear`).
 
-        `remat` says what a gradient computes again instead of keeping it (see `nn/remat.py`).
+        `remat` says what a gradient computes again instead of keeping it (see `nn/remat.py`); `unroll`, how many layers
+        one turn of the loop over layers has.
         """
         config, parts = self.config, self.config.sharing.parts
         if self.is_initializing():
@@ -166,7 +168,7 @@ class Stack(nn.Module):
         hidden, attentions, crossed, recorded, added = [], [], [], [], []
         for segment in segments(config, layers):
             need = (need_hidden_states, need_attentions, record)
-            x, outputs = self._scan(segment, layers, x, context, cache, dropout_key, remat, *need)
+            x, outputs = self._scan(segment, layers, x, context, cache, dropout_key, (remat, unroll), *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             crossed.append(outputs[2])
@@ -184,11 +186,9 @@ class Stack(nn.Module):
             cache,
         )
 
-    def _scan(
-        self, segment, layers, x, context, cache, dropout_key, remat, need_hidden_states, need_attentions, record
-    ):
+    def _scan(self, segment, layers, x, context, cache, dropout_key, loop, need_hidden_states, need_attentions, record):
         config = self.config
-        first, last, runs = segment
+        (first, last, runs), (remat, unroll) = segment, loop
         module = Layer(config, config.sharing.of_layer(first), self.prefix, parent=None)
         scanned, picked, closed = {}, {}, {}
         for part in config.sharing.parts:
@@ -230,10 +230,10 @@ class Stack(nn.Module):
         indices = {part: local for part, (_, local) in picked.items()}
         steps = (jnp.arange(first, last), scanned, indices, None if alike else jnp.asarray(windows))
         loops = last - first > 1 and not laid_out(cache)
-        body = rematerialised(body, remat, scanned=loops)
+        body = rematerialised(body, remat, scanned=loops and unroll == 1)
         if loops:
             kept = jax.tree.map(lambda array: array[first:last], cache)
-            return jax.lax.scan(body, x, (*steps, kept))
+            return jax.lax.scan(body, x, (*steps, kept), unroll=unroll)
         found = []
         for i in range(last - first):
             kept = None if cache is None else {name: array[first + i] for name, array in cache.items()}

@@ -56,7 +56,8 @@ class Transformer(nn.Module):
 
     With a decoder, `ids` are the encoder's; the decoder's make it run too. With `last_logits` a language-modelling head
     sees the last token only, with `label_positions` those places of every row alone: it is the dearest part of a step.
-    `remat` ("none", "full" or "dots") trades a gradient's memory for time (`nn/remat.py`).
+    `remat` ("none", "full" or "dots") trades a gradient's memory for time (`nn/remat.py`). `unroll` layers make up
+    a turn of the loop over layers: with more of them a gradient copies less, and takes longer to compile.
 
     `packs` number the documents of each row 1, 2, …, 0 is padding: tokens see their own document alone, whose positions
     begin at 0. What is read of a row's first token, the pooled output, is then that of its first document.
@@ -104,13 +105,14 @@ class Transformer(nn.Module):
         record: Record | None = None,
         vectors: Float[Array, "B T D"] | None = None,
         remat: str = "none",
+        unroll: int = 1,
         features: Integer[Array, "B S"] | None = None,
         packs: Integer[Array, "B S"] | None = None,
         label_positions: Integer[Array, "B M"] | None = None,
     ) -> TransformerOutput:
         config = self.config
         need = {"deterministic": deterministic, "need_hidden_states": need_hidden_states, "record": record}
-        need |= {"need_attentions": need_attentions, "remat": remat}
+        need |= {"need_attentions": need_attentions, "remat": remat, "unroll": unroll}
         if packs is not None:
             check_packs(config, attention_mask=mask, cache=cache)
         if config.decoder is None:
@@ -152,6 +154,7 @@ class Transformer(nn.Module):
         need_attentions: bool = False,
         record: Record | None = None,
         remat: str = "none",
+        unroll: int = 1,
     ) -> TransformerOutput:
         """Embeddings, layers, final norm and pooler."""
         config = self.config
@@ -166,6 +169,7 @@ class Transformer(nn.Module):
             need_attentions=need_attentions,
             record=record,
             remat=remat,
+            unroll=unroll,
         )
         x = self.final_norm(out.x) if config.final_norm else out.x
         hidden = jnp.concatenate([out.hidden_states, x[None]]) if need_hidden_states else None

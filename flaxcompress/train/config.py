@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from flaxcompress.config import reject_unknown
 from flaxcompress.config.typed import convert
-from flaxcompress.config.yaml_file import differences, dump_yaml, read_yaml, with_changes
+from flaxcompress.config.yaml_file import differences, dump_yaml, read_yaml, with_changes, with_variables
 from flaxcompress.train.mesh import parse_mesh
 from flaxcompress.train.optimizer import Optimizer
 from flaxcompress.train.tasks import Task, read_task
@@ -24,6 +25,7 @@ _HARMLESS = (
     "training/keep_last",
     "training/keep_best",
     "training/remat",
+    "training/unroll",
     "training/memory_limit",
     "data/threads",
     "data/cache",
@@ -92,6 +94,8 @@ class DataSettings:
         labels of images.
       columns: the columns of records that the task reads, in its order: the text; text and label, or two texts and
         label; source and target.
+      hold_out: so many examples at the end of the training data (documents, pairs, labelled texts, images) are not
+        trained on: they are the validation data.
       separator: what stands between the documents of plain text files; None: each line is one; "": blank lines.
       max_bad_lines: so many lines that cannot be read are skipped.
       cache: a folder that keeps tokens.
@@ -102,6 +106,7 @@ class DataSettings:
     validation: str | tuple[str, ...] = ()
     train_targets: str | tuple[str, ...] = ()
     validation_targets: str | tuple[str, ...] = ()
+    hold_out: int = 0
     columns: tuple[str, ...] = ()
     separator: str | None = None
     max_bad_lines: int = 100
@@ -117,11 +122,16 @@ class DataSettings:
         for files, targets in ((self.train, self.train_targets), (self.validation, self.validation_targets)):
             if targets and len(targets) != len(files):
                 raise ValueError(f"data: {len(files)} files, but {len(targets)} of targets; give one for each")
-        if self.validation and bool(self.train_targets) != bool(self.validation_targets):
-            raise ValueError("data: train_targets and validation_targets are given together, or neither is")
-        for name in ("max_bad_lines", "threads"):
+        if self.hold_out > 0 and self.validation:
+            raise ValueError("data: hold_out takes validation data from the training data; give it or validation")
+        for name in ("hold_out", "max_bad_lines", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data/{name}: must not be negative, got {getattr(self, name)}")
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation data."""
+        return bool(self.validation or self.hold_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +140,8 @@ class TrainingSettings:
 
     Attributes:
       steps, batch_size, length: optimizer steps; rows of a step, over all devices and microbatches; tokens of a row.
+      buckets: rows that are not packed are padded to one of these lengths, the last one being `length`; or to one of so
+        many, evenly apart. Each costs a compilation.
       seed: of everything random: the start, dropout, the order of the data.
       z_loss: see `cross_entropy`.
       validation_batches: batches of an evaluation at most; None: all.
@@ -138,8 +150,10 @@ class TrainingSettings:
     steps: int
     batch_size: int
     length: int = 128
+    buckets: int | tuple[int, ...] = 4
     accumulate: int = 1
     remat: Literal["none", "dots", "full"] = "dots"
+    unroll: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
     z_loss: float = 0.0
@@ -157,7 +171,7 @@ class TrainingSettings:
     take_best: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "length", "accumulate", "save_every", "keep_last"):
+        for name in ("steps", "batch_size", "length", "accumulate", "unroll", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training/{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("keep_best", "evaluate_every", "z_loss"):
@@ -223,8 +237,11 @@ class TrainConfig:
             raise ValueError("tokenizer: a loaded model has its own; leave it out")
         training = self.training
         self.optimizer.learning_rates(training.steps)
-        if (training.evaluate_every or training.keep_best or training.take_best) and not self.data.validation:
-            raise ValueError("data/validation: names no file, but training asks for evaluations or the best checkpoint")
+        if (training.evaluate_every or training.keep_best or training.take_best) and not self.data.validates:
+            raise ValueError(
+                "data/validation: names no file, and hold_out is 0, but training asks for evaluations or the best "
+                "checkpoint"
+            )
         self._check_columns()
 
     def _check_columns(self) -> None:
@@ -232,6 +249,9 @@ class TrainConfig:
         if named and len(named) not in task.columns:
             said = " or ".join(map(str, sorted(task.columns))) or "none"
             raise ValueError(f"data/columns: {task.name} reads {said}, got {len(named)}: {', '.join(named)}")
+        apart = bool(self.data.train_targets) != bool(self.data.validation_targets)
+        if self.data.validation and apart and task.targets != "allowed":  # npz files have their labels inside
+            raise ValueError("data: train_targets and validation_targets are given together, or neither is")
         if self.data.train_targets and not task.targets:
             raise ValueError(f"data/train_targets: {task.name} reads none; leave them out")
         if task.targets == "needed" and not (self.data.train_targets or named):
@@ -239,11 +259,11 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | Path, changes: Iterable[str] = ()) -> TrainConfig:
-        """Reads a YAML file and changes such as "training.steps=100".
+        """Reads a YAML file and changes such as "training.steps=100"; ${NAME} stands for an environment variable.
 
         Raises FileNotFoundError, and ValueError with the path of what is unknown, missing or of another type.
         """
-        return cls.from_dict(with_changes(read_yaml(path), changes), where=str(path))
+        return cls.from_dict(with_variables(with_changes(read_yaml(path), changes)), where=str(path))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], *, where: str = "config") -> TrainConfig:
@@ -281,6 +301,8 @@ class TrainConfig:
 
     def changed(self, earlier: Mapping[str, Any]) -> list[str]:
         """What differs from the settings of an earlier part of the run and may change its result, a line each."""
+        with contextlib.suppress(ValueError, TypeError):  # settings that came up since then had their defaults
+            earlier = TrainConfig.from_dict(earlier).resolved()
         return [line for line in differences(earlier, self.resolved()) if not line.startswith(_HARMLESS)]
 
 

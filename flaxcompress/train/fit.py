@@ -44,6 +44,7 @@ def fit(
     original: Model | None = None,
     accumulate: int = 1,
     remat: str = "dots",
+    unroll: int = 1,
     dtype: str | None = None,
     memory_limit: int | str | None = None,
     ema: float | None = None,
@@ -81,6 +82,8 @@ def fit(
       accumulate: microbatches per step; the gradient is the whole batch's.
       remat: what the backward pass computes again: "dots" (all but products with weights), which saves memory and,
         where memory is slow, time; "full" (each layer), or "none".
+      unroll: layers of a turn of the loop over layers. All of them make a shallow model faster on a CPU, where a loop's
+        gradient copies what it keeps, and take longer to compile.
       dtype: of the computation, "float32" or "bfloat16"; None: as the device likes it.
       memory_limit: bytes of each device, or "12GB", that a step may take: `remat` and `accumulate` are then only where
         the search begins; what fits is found by compiling (see `train/memory.py`).
@@ -103,7 +106,7 @@ def fit(
       FloatingPointError: too many steps were refused in a row.
     """
     check_remat(remat)
-    _check(steps=steps, accumulate=accumulate, save_every=save_every, keep_last=keep_last)
+    _check(steps=steps, accumulate=accumulate, unroll=unroll, save_every=save_every, keep_last=keep_last)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"fit: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if best_mode not in ("min", "max"):
@@ -114,7 +117,7 @@ def fit(
         raise ValueError("fit: the best model is chosen among checkpoints; give out= and validation= or evaluation=")
     split, constants = objective.split()
     computed = compute_dtype() if dtype is None else DTYPES[dtype]
-    terms = Program(split, model.config, computed, remat)
+    terms = Program(split, model.config, computed, remat, unroll)
     optimizer = optimizer or Optimizer()
     transformation = optimizer.build(steps) if isinstance(optimizer, Optimizer) else optimizer
     recipe = Recipe(terms, transformation, accumulate, ema, spike)

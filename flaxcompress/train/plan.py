@@ -243,9 +243,8 @@ def _plan(settings: TrainConfig, config: ModelConfig, topology: str, devices: li
     split, constants = make_objective(settings).split()
     dtype = training.dtype or ("float32" if topology.startswith("cpu") else "bfloat16")
     optimizer = settings.optimizer.build(training.steps)
-    recipe = Recipe(
-        Program(split, config, jnp.dtype(dtype), way.remat), optimizer, way.accumulate, training.ema, training.spike
-    )
+    program = Program(split, config, jnp.dtype(dtype), way.remat, training.unroll)
+    recipe = Recipe(program, optimizer, way.accumulate, training.ema, training.spike)
     params = abstract_params(config)
     place = OnMesh(make_mesh(**way.mesh, devices=devices), config)
     batch = abstract_batch(settings, config)
@@ -268,8 +267,8 @@ def _plan(settings: TrainConfig, config: ModelConfig, topology: str, devices: li
         return Plan(**known, peak_bytes=used, capacity=capacity, compile_seconds=time.perf_counter() - start)
     seconds, needed = time.perf_counter() - start, program_bytes(compiled)
     assert needed is not None  # these compilers tell
-    program = compiled.as_text()
-    read = Listing(program)
+    listing = compiled.as_text()
+    read = Listing(listing)
     collectives = tuple(read.collectives(dict(place.mesh.shape)))
     flops, traffic = read.flops(), read.traffic()
     return Plan(
@@ -284,7 +283,7 @@ def _plan(settings: TrainConfig, config: ModelConfig, topology: str, devices: li
         memory_seconds=None if chip is None else traffic / chip.memory_rate,
         link_seconds=None if chip is None else sum(each.sent for each in collectives) / chip.link_rate,
         compile_seconds=seconds,
-        program=program,
+        program=listing,
     )
 
 

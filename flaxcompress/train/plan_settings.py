@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
 from flaxcompress.config import ModelConfig
-from flaxcompress.config.yaml_file import read_yaml, with_changes
+from flaxcompress.config.yaml_file import read_yaml, with_changes, with_variables
 from flaxcompress.data.train_tokenizer import vocabulary_size
 from flaxcompress.folder import resolve
 from flaxcompress.text import read_assets
@@ -24,7 +25,10 @@ _UNREAD = "(not given)"
 def read_plan_settings(path: str | Path, changes: Iterable[str] = ()) -> TrainConfig:
     """The settings of a run (see `TrainConfig.load`), in which data, out and training/steps may be missing."""
     given = with_changes(read_yaml(path), changes)
-    settings = {"data": {"train": _UNREAD}, "out": _UNREAD, **given}
+    settings = {"data": {"train": _UNREAD}, "out": _UNREAD}
+    for name, value in given.items():  # variables that are not set here may stand in what a plan does not read
+        with contextlib.suppress(*((ValueError,) if name in settings else ())):
+            settings |= with_variables({name: value})
     if isinstance(training := given.get("training"), dict):
         settings["training"] = {"steps": 1, **training}
     return TrainConfig.from_dict(settings, where=str(path))

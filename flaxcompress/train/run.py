@@ -37,7 +37,7 @@ from flaxcompress.train.throughput import peak_of
 from flaxcompress.train.watch import ShapedBatches, Watcher
 
 _PROFILED = 10  # steps
-_SAME = ("steps", "accumulate", "remat", "dtype", "memory_limit", "ema", "spike", "trainable", "save_every")
+_SAME = ("steps", "accumulate", "remat", "unroll", "dtype", "memory_limit", "ema", "spike", "trainable", "save_every")
 _SAME += ("keep_last", "keep_best", "evaluate_every", "best", "best_mode", "take_best")
 
 
@@ -68,7 +68,7 @@ def run(
             _check_teacher(objective.teacher, model)
         batches = ShapedBatches(data.train(model.assets, model.config))
         validation = None
-        if config.data.validation:
+        if config.data.validates:
             validation = _passes(data.validation(model.assets, model.config), training.validation_batches)
         outputs.copy()
         with contextlib.ExitStack() as stack:
@@ -78,6 +78,7 @@ def run(
                 batches,
                 model.config,
                 rates=config.optimizer.learning_rates(training.steps),
+                steps=training.steps,
                 every=config.metrics.every,
                 peak=peak_of(jax.devices(), measure=config.metrics.measure_peak),
                 teacher=objective.teacher.config if isinstance(objective, Distill) else None,

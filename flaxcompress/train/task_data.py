@@ -16,6 +16,7 @@ from flaxcompress.data.documents import Corpus
 from flaxcompress.data.images import Images, read_images
 from flaxcompress.data.labelled import Labelled, read_labelled
 from flaxcompress.data.parallel import read_parallel
+from flaxcompress.data.portion import Portion
 from flaxcompress.data.tasks import (
     causal_lm_batches,
     classification_batches,
@@ -64,15 +65,25 @@ class TaskData:
         raise NotImplementedError(f"{type(self).__name__}._batches")
 
     def _files(self, validation: bool) -> list[str]:
-        return list(self.config.data.validation if validation else self.config.data.train)
+        data = self.config.data
+        return list(data.validation if validation and data.validation else data.train)
 
     def _targets(self, validation: bool) -> list[str]:
-        return list(self.config.data.validation_targets if validation else self.config.data.train_targets)
+        data = self.config.data
+        return list(data.validation_targets if validation and data.validation else data.train_targets)
+
+    def _portion(self, validation: bool) -> Portion:
+        return Portion(self.config.data.hold_out, held_out=validation)
 
     @property
     def _sizes(self) -> dict[str, Any]:
         training = self.config.training
         return {"batch_size": training.batch_size, "seed": training.seed}
+
+    @property
+    def _lengths(self) -> dict[str, Any]:
+        training = self.config.training
+        return {"length": training.length, "buckets": training.buckets}
 
 
 class TextData(TaskData):
@@ -89,11 +100,12 @@ class TextData(TaskData):
             separator=data.separator,
             max_bad_lines=data.max_bad_lines,
             cache=None if data.cache is None else Path(data.cache),
+            portion=self._portion(validation),
         )
 
     def _batches(self, assets, model, *, validation, **options):
         corpus, task = self._corpus(validation), self.config.task
-        options |= {"length": self.config.training.length, "pad": model.pad_token, **self._sizes}
+        options |= {"pad": model.pad_token, **self._lengths, **self._sizes}
         options["vocabulary"] = model.vocabulary
         if isinstance(task, MaskedLMTask):
             names = ("mask_rate", "ngram", "whole_word", "sentence_order", "pack")
@@ -111,7 +123,8 @@ class PairData(TaskData):
     """Texts and their translations."""
 
     def texts(self) -> Iterator[str]:
-        for pair in read_parallel(*self._sides(validation=False), max_bad_lines=self.config.data.max_bad_lines):
+        pairs = read_parallel(*self._sides(validation=False), max_bad_lines=self.config.data.max_bad_lines)
+        for pair in self._portion(validation=False).of(pairs):
             yield from pair
 
     def _sides(self, validation: bool) -> tuple[list[str], list[str]]:
@@ -125,10 +138,11 @@ class PairData(TaskData):
         return translation_batches(
             *self._sides(validation),
             assets,
-            length=self.config.training.length,
             max_bad_lines=self.config.data.max_bad_lines,
+            portion=self._portion(validation),
             vocabulary=model.vocabulary,
             pad=model.pad_token,
+            **self._lengths,
             **self._sizes,
             **options,
         )
@@ -152,31 +166,35 @@ class LabelledData(TaskData):
             yield from (text,) if isinstance(text, str) else text
 
     def _read(self, validation: bool) -> Labelled:
-        task = self.config.task
+        task, portion = self.config.task, self._portion(validation)
         assert isinstance(task, ClassificationTask)
-        return _read_labelled(self.config.data, task, validation)
+        if not portion.count:
+            return _read_labelled(self.config.data, task.regression, validation)
+        found = _read_labelled(self.config.data, task.regression, False)
+        rows = np.fromiter(portion.of(range(len(found.labels))), np.int64)
+        return Labelled([found.texts[i] for i in rows], found.labels[rows], found.names)  # pyright: ignore[reportArgumentType]
 
     def _batches(self, assets, model, *, validation, **options):
         return classification_batches(
             self._read(validation),
             assets,
-            length=self.config.training.length,
             vocabulary=model.vocabulary,
             classes=None if model.classes == 1 else model.classes,
             pad=model.pad_token,
+            **self._lengths,
             **self._sizes,
             **options,
         )
 
 
 @functools.lru_cache(maxsize=2)
-def _read_labelled(data: DataSettings, task: ClassificationTask, validation: bool) -> Labelled:
-    options: dict[str, Any] = {"regression": task.regression, "max_bad_lines": data.max_bad_lines}
+def _read_labelled(data: DataSettings, regression: bool, validation: bool) -> Labelled:
+    options: dict[str, Any] = {"regression": regression, "max_bad_lines": data.max_bad_lines}
     if data.columns:
         *texts, label = data.columns
         options |= {"label": label, "text": texts[0], "pair": texts[1] if len(texts) > 1 else None}
-    if validation and not task.regression:
-        options["names"] = _read_labelled(data, task, False).names
+    if validation and not regression:
+        options["names"] = _read_labelled(data, regression, False).names
     return read_labelled(list(data.validation if validation else data.train), **options)
 
 
@@ -185,12 +203,17 @@ class ImageData(TaskData):
 
     @property
     def classes(self) -> int | None:
-        return int(self._read(False).labels.max()) + 1
+        return int(self._whole(False).labels.max()) + 1
 
     def texts(self) -> Iterator[str]:
         raise ValueError("tokenizer: images have no text; leave it out")
 
     def _read(self, validation: bool) -> Images:
+        found, portion = self._whole(validation), self._portion(validation)
+        rows = np.fromiter(portion.of(range(len(found.labels))), np.int64) if portion.count else slice(None)
+        return Images(found.images[rows], found.labels[rows])
+
+    def _whole(self, validation: bool) -> Images:
         return _read_images(tuple(self._files(validation)), tuple(self._targets(validation)))
 
     def _batches(self, assets, model, *, validation, **options):

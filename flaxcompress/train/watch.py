@@ -46,6 +46,7 @@ class Watcher:
     Args:
       metrics: None on processes that write nothing.
       rates: the learning rate by step.
+      steps: of the run; all rates are found at the start, since on a device they would wait for the running step.
       every: steps between lines; evaluations are always written.
       peak: FLOP/s of one device; None: MFU is not told.
     """
@@ -57,11 +58,13 @@ class Watcher:
         model: ModelConfig,
         *,
         rates: optax.Schedule,
+        steps: int,
         every: int = 1,
         peak: float | None = None,
         teacher: ModelConfig | None = None,
     ):
-        self._metrics, self._batches, self._rates, self._every = metrics, batches, rates, every
+        self._metrics, self._batches, self._every = metrics, batches, every
+        self._rates = np.broadcast_to(np.asarray(rates(np.arange(steps))), (steps,))
         flops = functools.lru_cache(maxsize=64)(lambda shape: step_flops(model, shape, teacher=teacher))
         self._throughput = Throughput(flops=flops, peak=peak, devices=jax.device_count())
 
@@ -72,7 +75,7 @@ class Watcher:
                 found |= self._throughput.after(values["seconds"], self._batches.shape)
             if step % self._every:
                 return _note(found)
-            found["learning_rate"] = float(np.asarray(self._rates(step - 1)))
+            found["learning_rate"] = float(self._rates[step - 1])
         if self._metrics is not None:
             self._metrics.write(step, found)
         return _note(found)
@@ -83,6 +86,8 @@ def _note(found: Mapping[str, float]) -> str:
     parts = []
     if (rate := found.get("tokens_per_second")) is not None:
         parts.append(f"{rate:,.0f} tokens/s")
+    if (rate := found.get("images_per_second")) is not None:
+        parts.append(f"{rate:,.0f} images/s")
     if (mfu := found.get("mfu")) is not None:
         parts.append(f"MFU {mfu:.1%}")
     return " ".join(parts)

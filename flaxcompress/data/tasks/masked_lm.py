@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, Unpack
@@ -31,6 +32,7 @@ from flaxcompress.data.tokens import Tokens
 from flaxcompress.text import Assets
 
 IGNORED = -100
+_BLANK_LINES = re.compile(r"\n(?:[ \t\r\f\v]*\n)+")
 
 
 def masked_lm_batches(
@@ -81,7 +83,7 @@ def masked_lm_batches(
     specials = frame.pair_size if sentence_order else frame.single_size
     if length <= specials:
         raise ValueError(f"masked_lm_batches: length {length} leaves no room beside {specials} special tokens")
-    tokens = corpus_tokens(as_corpus(source), assets, _sentences, words=whole_word, vocabulary=vocabulary)
+    tokens = corpus_tokens(as_corpus(source), assets, _sentence_units, words=whole_word, vocabulary=vocabulary)
     chunks = join_units(tokens, length - specials)
     inner = inner_borders(tokens, chunks)
     is_pair = (inner[1] > inner[0]) & sentence_order
@@ -118,9 +120,9 @@ def masked_lm_batches(
     return planned_batches(packing, make, batch_size=batch_size, seed=seed, **options)
 
 
-def _sentences(document: str) -> list[str]:
-    """Sentences, each but the first with the blank before it, which some tokenizers see."""
-    first, *others = split_sentences(document)
+def _sentence_units(document: str) -> list[str]:
+    """Sentences, each but the first with the blank before it, which some tokenizers see; a blank line ends one too."""
+    first, *others = (s for paragraph in _BLANK_LINES.split(document) for s in split_sentences(paragraph))
     return [first, *(f" {sentence}" for sentence in others)]
 
 

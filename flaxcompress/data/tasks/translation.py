@@ -13,6 +13,7 @@ from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.documents import Source
 from flaxcompress.data.frame import find_frame, need_special_id, padding_id, start_id
 from flaxcompress.data.parallel import read_parallel
+from flaxcompress.data.portion import Portion
 from flaxcompress.data.rows import Rows, RowWriter, chunked
 from flaxcompress.data.seq2seq import seq2seq_batch
 from flaxcompress.text import Assets
@@ -30,6 +31,7 @@ def translation_batches(
     target_length: int | None = None,
     buckets: int | Sequence[int] = 4,
     max_bad_lines: int = 100,
+    portion: Portion = Portion(),  # noqa: B008  (a tuple, never changed)
     vocabulary: int | None = None,
     pad: int | None = None,
     **options: Unpack[BatchOptions],
@@ -46,6 +48,7 @@ def translation_batches(
       buckets: the padded lengths of inputs, or their number; targets have as many, in the same proportion. A pair goes
         to the first into which both fit.
       max_bad_lines: so many lines that cannot be read are skipped, together with their translation.
+      portion: which of the pairs.
       vocabulary: the model's, to check the tokenizer against.
       pad: the id for padding; by default the tokenizer's.
 
@@ -54,7 +57,7 @@ def translation_batches(
     """
     target_assets, target_length = target_assets or assets, target_length or length
     end = () if find_frame(target_assets).after else (need_special_id(target_assets, "eos", "translation"),)
-    pairs = read_parallel(source_texts, target_texts, max_bad_lines=max_bad_lines)
+    pairs = portion.of(read_parallel(source_texts, target_texts, max_bad_lines=max_bad_lines))
     inputs = RowWriter(assets, length, vocabulary=vocabulary)
     targets = RowWriter(target_assets, target_length, end=end, vocabulary=vocabulary)
     for chunk in chunked(pairs):

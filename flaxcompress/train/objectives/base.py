@@ -65,6 +65,7 @@ class Run:
     dtype: Any
     remat: str = "none"
     key: Any = None
+    unroll: int = 1
 
     def __call__(self, batch: Mapping[str, Any], **options: Any) -> Any:
         """`Transformer`'s output on a batch."""
@@ -77,7 +78,7 @@ class Run:
             options |= {"deterministic": False, "rngs": {"dropout": self.key}}
         inputs = batch["pixel_values"] if config.patches is not None else batch["input_ids"]
         more = () if config.patches is not None else (batch.get("attention_mask"), batch.get("segment_ids"))
-        return run(self.params, config, self.dtype, inputs, *more, remat=self.remat, **options)
+        return run(self.params, config, self.dtype, inputs, *more, remat=self.remat, unroll=self.unroll, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,12 @@ class Program:
     config: ModelConfig
     dtype: Any
     remat: str = "none"
+    unroll: int = 1
 
     def __call__(self, params: Any, constants: Any, batch: Mapping[str, Any], key: Any) -> Terms:
         key = key if self.objective.dropout else None
-        return self.objective.loss(Run(params, self.config, self.dtype, self.remat, key), constants, batch)
+        run = Run(params, self.config, self.dtype, self.remat, key, self.unroll)
+        return self.objective.loss(run, constants, batch)
 
 
 def cross_entropy(
