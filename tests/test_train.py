@@ -14,6 +14,7 @@ from tiny_models import make_model, words
 
 import flaxcompress as fc
 from flaxcompress.data.batches import StepBatches
+from flaxcompress.ops import label_scores
 from flaxcompress.train import Limits, Recipe, Stopped, Term, train
 from flaxcompress.train.checkpoint import Checkpoints
 from flaxcompress.train.memory import parse_bytes, step_bytes, ways
@@ -488,6 +489,27 @@ def test_cross_entropy_equals_float64(smoothing, z_loss):
     assert float(found["cross_entropy"].total) == pytest.approx(want, rel=32 * EPS)
     assert (float(found["cross_entropy"].weight), float(found["accuracy"].total)) == (count, right)
     assert float(mean_of(found)) == pytest.approx(want / count, rel=32 * EPS)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_gradient_of_label_scores_equals_differentiation(whole):
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(rng.normal(size=(4, 9)) * 5, jnp.float32), jnp.asarray([0, 8, 3, IGNORED])
+    weights = jnp.asarray([[1.0, -2.0, 0.5, 0.0], [0.3, 1.0, 2.0, -1.0]])  # of the chosen logits and the normalisers
+
+    def ours(logits):
+        found = label_scores(logits, labels, whole=whole)
+        return (weights[0] * found.chosen + weights[1] * found.normaliser).sum()
+
+    def plain(logits):
+        chosen = logits[jnp.arange(4), jnp.clip(labels, 0)]
+        return (weights[0] * chosen + weights[1] * jax.nn.logsumexp(logits, -1)).sum()
+
+    (value, gradient), (want, wanted) = (jax.value_and_grad(f)(logits) for f in (ours, plain))
+    np.testing.assert_allclose(value, want, rtol=16 * EPS)
+    np.testing.assert_allclose(gradient, wanted, rtol=0, atol=16 * EPS * 5)
+    largest = label_scores(logits, labels, whole=whole).largest
+    np.testing.assert_array_equal(largest[:3], (logits.argmax(-1) == labels)[:3])
 
 
 def test_a_batch_without_labels_gives_no_gradient():

@@ -138,6 +138,11 @@ def model_cuts() -> int:
     return _mesh_sizes().get("model", 1)
 
 
+def is_on_mesh() -> bool:
+    """Whether a mesh may cut arrays."""
+    return bool(_mesh_sizes())
+
+
 def is_cut_by_fsdp() -> bool:
     """Whether weights have to be put together where they are used."""
     return _mesh_sizes().get("fsdp", 1) > 1

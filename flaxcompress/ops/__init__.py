@@ -4,12 +4,14 @@ from flaxcompress.ops.activation import activate
 from flaxcompress.ops.attention import attend_values, attention_probabilities, both, dot_product_attention, sight
 from flaxcompress.ops.bits import on_host, pack, packed_width, unpack
 from flaxcompress.ops.depthwise import depthwise
+from flaxcompress.ops.label_scores import LabelScores, label_scores
 from flaxcompress.ops.linformer import linformer_attention, project_places
 from flaxcompress.ops.norm import layer_norm, rms_norm
 from flaxcompress.ops.nystrom import nystrom_attention, nystrom_factors, sum_values
 from flaxcompress.ops.rotary import frequencies, rotate, rotation
 
 __all__ = [
+    "LabelScores",
     "activate",
     "attend_values",
     "attention_probabilities",
@@ -17,6 +19,7 @@ __all__ = [
     "depthwise",
     "dot_product_attention",
     "frequencies",
+    "label_scores",
     "layer_norm",
     "linformer_attention",
     "nystrom_attention",

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn import run
+from flaxcompress.nn.logical import is_on_mesh
+from flaxcompress.ops import label_scores
 
 IGNORED = -100  # the label of a position that does not count
 
@@ -109,15 +110,13 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORED
     weights = counts.astype(jnp.float32)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison with every column instead of a gather: it stays local where V is sharded.
-    chosen = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-    value = normaliser - jnp.where(chosen, logits, 0.0).sum(-1)
+    chosen, normaliser, largest = label_scores(logits, labels, whole=not is_on_mesh())
+    value = normaliser - chosen
     if smoothing:
         value = (1.0 - smoothing) * value + smoothing * (normaliser - logits.mean(-1))
     if z_loss:
         value = value + z_loss * jnp.square(normaliser)
-    right = (logits.argmax(-1) == labels) & counts
+    right = largest & counts
     total = weights.sum()
     return {
         "cross_entropy": Term(jnp.where(counts, value, 0.0).sum(), total),
