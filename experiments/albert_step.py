@@ -3,20 +3,22 @@
 12 layers that share one block, embeddings of 128, masked language modelling of 15 % of 8×128 tokens, AdamW, float32,
 no dropout (as ALBERT version 2). Both start from the same weights and see the same batches; PyTorch runs transformers'
 AlbertForMaskedLM with SDPA attention and fused AdamW. Ours is the step that `fit` runs. Each has a process of its own,
-whose resident memory is read at its fullest; rounds alternate between the two. The first step of a round does not
-count: training never pauses, and a process that was idle for seconds finds its memory cold. That cost ours a tenth of a
-round (2.5 s a step became 2.8) and PyTorch nothing that could be told from noise; with it the ratio was 0.99.
+whose resident memory is read at its fullest; rounds alternate between the two. The first two steps of a round do not
+count: training never pauses, and a process that was idle for ten seconds finds its memory cold. Ours then takes 3.8,
+3.1, 2.7, 2.7, … seconds for a step; PyTorch's steps show nothing that could be told from noise.
 
 transformers computes the logits of all tokens; ours those of the masked ones. `--all-tokens` has ours compute all.
 
     python experiments/albert_step.py --json experiments/albert_step.json
 
-Result, 2 cores of an Intel Xeon with AVX-512 (`albert_step.json`): 413 tokens/s against 337, 1.23 times (quartiles 1.15
-and 1.23), at most 1.17 GB against 2.91 GB; losses agree to 1e-7. With `--all-tokens` (`albert_step_all_tokens.json`):
-0.89 times (0.87 and 0.91), 1.66 GB; what is asked for is then not met. What was tried, seconds of a step and temporary
-memory: keeping every intermediate result (remat "none") 3.79 and 1.64 GB; computing all but products again ("dots", the
-default) 2.51 and 0.56 GB; all but the layers' inputs ("full") 3.09 and 0.24 GB; also keeping products over a batch 2.58
-and 0.68 GB; glibc without mmap 2.49. Seven tenths of the time are products, at 275 GFLOP/s (PyTorch's reach 310).
+Result, 2 cores of an Intel Xeon with AVX-512 (`albert_step.json`): 420 tokens/s against 347, 1.19 times (quartiles 1.18
+and 1.24), at most 1.19 GB against 3.02 GB; losses agree to 5e-7. With `--all-tokens` (`albert_step_all_tokens.json`): 1.07
+times (1.06 and 1.09), 1.45 GB. What was tried, seconds of a step and temporary memory: keeping every intermediate result
+(remat "none") 3.79 and 1.64 GB; computing all but products again ("dots", the default) 2.51 and 0.56 GB; all but the
+layers' inputs ("full") 3.09 and 0.24 GB; also keeping products over a batch 2.58 and 0.68 GB; glibc without mmap 2.49.
+Writing out the gradient of the cross-entropy took 0.1 s off a step with all logits. A gradient of the attention core
+written out, and heads one by one, gained nothing. Seven tenths of the time are products, at 245 to 295 GFLOP/s by shape
+(PyTorch's reach 315).
 """
 
 from __future__ import annotations
