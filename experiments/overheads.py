@@ -26,11 +26,11 @@ import numpy as np
 CASES = {  # name: (structure, rows, length, steps of a round, steps between checkpoints)
     "mini": (
         {"width": 128, "embedding_width": 64, "layers": 4, "heads": 4, "feed_forward_width": 512, "sharing": "all"},
-        *(32, 128, 200, 100),
+        *(32, 128, 100, 50),
     ),
     "minilm": (
         {"width": 384, "layers": 6, "heads": 12, "feed_forward_width": 1536, "vocabulary": 30522},
-        *(16, 128, 60, 30),
+        *(16, 128, 40, 20),
     ),
 }
 WAYS = ("as a run", "no checkpoints", "no checkpoints, batches made before")
@@ -108,7 +108,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     arguments = parser.parse_args()
     sentences = calibration_text().train
