@@ -11,14 +11,14 @@ transformers computes the logits of all tokens; ours those of the masked ones. `
 
     python experiments/albert_step.py --json experiments/albert_step.json
 
-Result, 2 cores of an Intel Xeon with AVX-512 (`albert_step.json`): 420 tokens/s against 347, 1.19 times (quartiles 1.18
-and 1.24), at most 1.19 GB against 3.02 GB; losses agree to 5e-7. With `--all-tokens` (`albert_step_all_tokens.json`): 1.07
-times (1.06 and 1.09), 1.45 GB. What was tried, seconds of a step and temporary memory: keeping every intermediate result
-(remat "none") 3.79 and 1.64 GB; computing all but products again ("dots", the default) 2.51 and 0.56 GB; all but the
-layers' inputs ("full") 3.09 and 0.24 GB; also keeping products over a batch 2.58 and 0.68 GB; glibc without mmap 2.49.
-Writing out the gradient of the cross-entropy took 0.1 s off a step with all logits. A gradient of the attention core
-written out, and heads one by one, gained nothing. Seven tenths of the time are products, at 245 to 295 GFLOP/s by shape
-(PyTorch's reach 315).
+Result, 2 cores of an Intel Xeon with AVX-512 (`albert_step.json`): 420 tokens/s against 347, 1.19 times (quartiles
+1.18 and 1.24), at most 1.19 GB against 3.02 GB; losses agree to 5e-7. With `--all-tokens`
+(`albert_step_all_tokens.json`): 1.07 times (1.06 and 1.09), 1.45 GB. What was tried, seconds of a step and temporary
+memory: keeping every intermediate result (remat "none") 3.79 and 1.64 GB; computing all but products again ("dots",
+the default) 2.51 and 0.56 GB; all but the layers' inputs ("full") 3.09 and 0.24 GB; also keeping products over a
+batch 2.58 and 0.68 GB; glibc without mmap 2.49. Writing out the gradient of the cross-entropy took 0.1 s off a step
+with all logits. A gradient of the attention core written out, and heads one by one, gained nothing. Seven tenths of
+the time are products, at 245 to 295 GFLOP/s by shape (PyTorch's reach 315).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import yaml
 
 import flaxcompress as fc
 from flaxcompress.train import chips
-from flaxcompress.train.abstract import abstract_batch, abstract_params
+from flaxcompress.train.abstract import abstract_params
 from flaxcompress.train.chips import devices_of, parse_topology
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.hlo import Listing, shape_bytes, spanned
@@ -312,7 +312,8 @@ def test_batches_are_those_of_training(task, structure, tmp_path, monkeypatch):
     with pytest.raises(Seen):
         train_run(config)
     shape = lambda x: (x.dtype, x.ndim, len(x))  # noqa: E731
-    planned = abstract_batch(config, planned_structure(config))
+    training = config.training
+    planned = config.task.shapes(training.batch_size, training.length, planned_structure(config))
     assert {n: shape(x) for n, x in given["batch"].items()} == {
         n: (x.dtype, x.ndim, x.shape[0]) for n, x in planned.items()
     }

@@ -236,6 +236,8 @@ class TrainConfig:
         if self.model.load is not None and self.tokenizer is not None:
             raise ValueError("tokenizer: a loaded model has its own; leave it out")
         training = self.training
+        if training.z_loss and not self.task.has_z_loss:
+            raise ValueError(f"training/z_loss: {self.task.name} has none; leave it out")
         self.optimizer.learning_rates(training.steps)
         if (training.evaluate_every or training.keep_best or training.take_best) and not self.data.validates:
             raise ValueError(

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn.logical import BATCH
-from flaxcompress.train.abstract import abstract_batch, abstract_params, count, shard_bytes
+from flaxcompress.train.abstract import abstract_params, count, shard_bytes
 from flaxcompress.train.chips import CHIPS, RESERVED, SOURCE, devices_of, parse_topology
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.hlo import Collective, Listing
@@ -29,7 +29,6 @@ from flaxcompress.train.plan_settings import planned_structure
 from flaxcompress.train.sharding import check_widths
 from flaxcompress.train.step import Recipe
 from flaxcompress.train.structure import check_length
-from flaxcompress.train.task_objective import make_objective
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _CANDIDATES = 8  # that are compiled in search of one that fits
@@ -240,14 +239,14 @@ def _could_fit(config: ModelConfig, way: Way, first: Plan) -> bool:
 
 def _plan(settings: TrainConfig, config: ModelConfig, topology: str, devices: list[Any], way: Way) -> Plan:
     training = settings.training
-    split, constants = make_objective(settings).split()
+    split, constants = settings.task.objective(training.z_loss).split()
     dtype = training.dtype or ("float32" if topology.startswith("cpu") else "bfloat16")
     optimizer = settings.optimizer.build(training.steps)
     program = Program(split, config, jnp.dtype(dtype), way.remat, training.unroll)
     recipe = Recipe(program, optimizer, way.accumulate, training.ema, training.spike)
     params = abstract_params(config)
     place = OnMesh(make_mesh(**way.mesh, devices=devices), config)
-    batch = abstract_batch(settings, config)
+    batch = settings.task.shapes(training.batch_size, training.length, config)
     given = place.abstract(recipe, params, tree.abstract(constants), batch, training.trainable)
     state, frozen, constants, batch = given
     sizes = [shard_bytes(each) for each in ((state.trainable, frozen), (state.optimizer, state.average), batch)]

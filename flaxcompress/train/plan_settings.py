@@ -15,9 +15,7 @@ from flaxcompress.folder import resolve
 from flaxcompress.text import read_assets
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.structure import structure
-from flaxcompress.train.task_data import task_data
 from flaxcompress.train.task_model import load_model
-from flaxcompress.train.tasks import ImagesTask
 
 _UNREAD = "(not given)"
 
@@ -41,7 +39,7 @@ def planned_structure(settings: TrainConfig) -> ModelConfig:
       ValueError: settings that leave the vocabulary or the number of classes open.
       FileNotFoundError: no such model, tokenizer or data.
     """
-    model, data = settings.model, task_data(settings)
+    model, data = settings.model, settings.task.data(settings)
     has_classes = settings.task.head == "sequence_classification"
     if has_classes and model.classes is None and settings.data.train == (_UNREAD,):
         raise ValueError("model/classes: a plan without data needs them; give their number")
@@ -55,7 +53,7 @@ def _vocabulary(settings: TrainConfig) -> int | None:
     """The tokenizer's, where the structure does not say."""
     tokenizer, given = settings.tokenizer, settings.model.config or {}
     known = settings.model.architecture is not None or "model_type" in given or "vocabulary" in given
-    if known or isinstance(settings.task, ImagesTask):
+    if known or settings.task.structure == "images":
         return None
     if tokenizer is None:
         raise ValueError("tokenizer: give it, or model/config/vocabulary: its size is the model's vocabulary")

@@ -30,9 +30,7 @@ from flaxcompress.train.metrics import Metrics, read_metrics
 from flaxcompress.train.objectives import Distill
 from flaxcompress.train.outputs import Outputs
 from flaxcompress.train.report import TrainReport
-from flaxcompress.train.task_data import task_data
 from flaxcompress.train.task_model import make_model
-from flaxcompress.train.task_objective import make_objective
 from flaxcompress.train.throughput import peak_of
 from flaxcompress.train.watch import ShapedBatches, Watcher
 
@@ -60,10 +58,10 @@ def run(
     writes = jax.process_index() == 0
     with Outputs(config.out, writes=writes) as outputs:
         same_everywhere(functools.partial(_begin, outputs, config, allow_changes))
-        data, training, key = task_data(config), config.training, jax.random.key(config.training.seed)
+        data, training, key = config.task.data(config), config.training, jax.random.key(config.training.seed)
         mesh = _mesh(config)
         model = make_model(config, data, outputs.folder, key=jax.random.fold_in(key, 0))
-        objective = make_objective(config)
+        objective = config.task.objective(training.z_loss)
         if isinstance(objective, Distill):
             _check_teacher(objective.teacher, model)
         batches = ShapedBatches(data.train(model.assets, model.config))

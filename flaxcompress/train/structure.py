@@ -14,7 +14,6 @@ from flaxcompress.formats import LowRankSpec, rank_for
 from flaxcompress.model import abstract_flat
 from flaxcompress.train.architectures import architecture, read_architecture
 from flaxcompress.train.config import TrainConfig
-from flaxcompress.train.tasks import CausalLMTask, ImagesTask
 
 _Read = TypeVar("_Read")
 
@@ -72,7 +71,7 @@ def _described(config: TrainConfig, given: dict[str, Any], fields: dict[str, Any
     """All fields of a structure whose own ones are `given`."""
     task, length = config.task, config.training.length
     fields = {**fields, "positions": length}
-    if isinstance(task, ImagesTask):
+    if task.structure == "images":
         if not isinstance(given.get("patches"), Mapping):
             raise ValueError("config: a model of images needs patches: {height, width, size, channels}")
         fields |= {
@@ -80,7 +79,7 @@ def _described(config: TrainConfig, given: dict[str, Any], fields: dict[str, Any
             "segments": 0,
             "positions": 1 + part_reader(Patches)(given["patches"], "config/patches").count,
         }
-    if isinstance(task, CausalLMTask):
+    if task.structure == "decoder":
         fields |= {"causal": True, "pooler": False, "segments": 0}
     if isinstance(given.get("decoder"), Mapping):
         fields |= {"pooler": False, "segments": 0}

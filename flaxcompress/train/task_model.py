@@ -18,10 +18,8 @@ from flaxcompress.text import Assets, generation_config_file, read_assets
 from flaxcompress.train.cluster import same_everywhere
 from flaxcompress.train.config import ModelSettings, TrainConfig
 from flaxcompress.train.structure import check_length, structure
-from flaxcompress.train.task_data import TaskData
-from flaxcompress.train.tasks import CausalLMTask, ImagesTask, SpanCorruptionTask, TranslationTask
+from flaxcompress.train.tasks import TaskData
 
-_SENTINELS = 100  # as T5 has
 _MASKED = ("masked_lm", "pretraining")
 
 
@@ -69,7 +67,7 @@ def _classes(settings: ModelSettings, data: TaskData) -> int | None:
 def _tokenizer(config: TrainConfig, data: TaskData, folder: Path) -> Assets | None:
     """The tokenizer's files; None for images."""
     settings = config.tokenizer
-    if isinstance(config.task, ImagesTask):
+    if config.task.structure == "images":
         if settings is not None:
             raise ValueError("tokenizer: images have no text; leave it out")
         return None
@@ -91,17 +89,16 @@ def _learned(config: TrainConfig, data: TaskData, kept: Path) -> dict[str, str]:
     if not kept.is_dir():
         settings, task = config.tokenizer, config.task
         assert settings is not None and settings.kind is not None and settings.vocabulary is not None
-        seq2seq = isinstance(task, (TranslationTask, SpanCorruptionTask))
         made = train_tokenizer(
             data.texts(),
             settings.kind,
             vocabulary=settings.vocabulary,
-            model="seq2seq" if seq2seq else "decoder" if isinstance(task, CausalLMTask) else "encoder",
+            model=task.structure,
             lowercase=settings.lowercase,
-            sentinels=_SENTINELS if isinstance(task, SpanCorruptionTask) else 0,
+            sentinels=task.sentinels,
             max_length=config.training.length,
         )
-        ids = generation_config_file(made, special_id(made, "pad") or 0, decoder=seq2seq)
+        ids = generation_config_file(made, special_id(made, "pad") or 0, decoder=task.structure == "seq2seq")
         with storage.new_folder(kept) as new:
             storage.write_files(new, {**dict(made.files), **ids})
     return {path.name: path.read_text("utf-8") for path in sorted(kept.iterdir())}

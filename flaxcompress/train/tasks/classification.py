@@ -1,0 +1,98 @@
+"""A class, or a number, for each text or pair of texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcompress.data.labelled import Labelled, read_labelled
+from flaxcompress.data.tasks import classification_batches
+from flaxcompress.train.objectives import Classification
+from flaxcompress.train.tasks.base import Task, integers, token_shapes
+from flaxcompress.train.tasks.data import TaskData
+
+if TYPE_CHECKING:
+    from flaxcompress.train.config import DataSettings
+
+
+class LabelledData(TaskData):
+    """Texts with classes or numbers."""
+
+    @property
+    def classes(self) -> int | None:
+        return 1 if self._regression else len(self._read(False).names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes."""
+        return self._read(False).names
+
+    def texts(self) -> Iterator[str]:
+        for text in self._read(False).texts:
+            yield from (text,) if isinstance(text, str) else text
+
+    @property
+    def _regression(self) -> bool:
+        task = self.config.task
+        assert isinstance(task, ClassificationTask)
+        return task.regression
+
+    def _read(self, validation: bool) -> Labelled:
+        portion = self._portion(validation)
+        if not portion.count:
+            return _read_labelled(self.config.data, self._regression, validation)
+        found = _read_labelled(self.config.data, self._regression, False)
+        rows = np.fromiter(portion.of(range(len(found.labels))), np.int64)
+        return Labelled([found.texts[i] for i in rows], found.labels[rows], found.names)  # pyright: ignore[reportArgumentType]
+
+    def _batches(self, assets, model, *, validation, **options):
+        options["classes"] = None if model.classes == 1 else model.classes
+        return classification_batches(self._read(validation), assets, **self._rows(model), **options)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_labelled(data: DataSettings, regression: bool, validation: bool) -> Labelled:
+    options: dict[str, Any] = {"regression": regression, "max_bad_lines": data.max_bad_lines}
+    if data.columns:
+        *texts, label = data.columns
+        options |= {"label": label, "text": texts[0], "pair": texts[1] if len(texts) > 1 else None}
+    if validation and not regression:
+        options["names"] = _read_labelled(data, regression, False).names
+    return read_labelled(list(data.validation if validation else data.train), **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationTask(Task):
+    """A class, or a number, for each text or pair of texts (see `data.read_labelled`).
+
+    Attributes:
+      label_smoothing: the share of the target spread over all classes.
+      regression: labels are numbers.
+    """
+
+    name: ClassVar[str] = "classification"
+    columns: ClassVar[tuple[int, ...]] = (2, 3)
+    has_z_loss: ClassVar[bool] = False
+
+    label_smoothing: float = 0.0
+    regression: bool = False
+
+    @property
+    def head(self):
+        return "sequence_classification"
+
+    def data(self, config):
+        return LabelledData(config)
+
+    def objective(self, z_loss):
+        return Classification(label_smoothing=self.label_smoothing)
+
+    def shapes(self, rows, length, model):
+        labels = jax.ShapeDtypeStruct((rows,), jnp.float32 if self.regression else jnp.int32)
+        return token_shapes(rows, length, segment_ids=integers(rows, length), labels=labels)

@@ -1,0 +1,45 @@
+"""Runs of tokens that were taken out of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from flaxcompress.data.tasks import span_corruption_batches
+from flaxcompress.train.objectives import NextToken
+from flaxcompress.train.tasks.base import Task
+from flaxcompress.train.tasks.data import TextData
+from flaxcompress.train.tasks.seq2seq import seq2seq_shapes
+
+
+class _Data(TextData):
+    def _batches(self, assets, model, *, validation, **options):
+        task = self.config.task
+        assert isinstance(task, SpanCorruptionTask)
+        options |= {"density": task.density, "mean_span": task.mean_span}
+        return span_corruption_batches(self._corpus(validation), assets, **self._rows(model), **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpanCorruptionTask(Task):
+    """Runs of tokens that were taken out of a text, told by a decoder (see `data.span_corruption_batches`)."""
+
+    name: ClassVar[str] = "span_corruption"
+    structure: ClassVar[str] = "seq2seq"
+    sentinels: ClassVar[int] = 100  # as T5 has
+
+    density: float = 0.15
+    mean_span: float = 3.0
+
+    @property
+    def head(self):
+        return "seq2seq_lm"
+
+    def data(self, config):
+        return _Data(config)
+
+    def objective(self, z_loss):
+        return NextToken(z_loss=z_loss)
+
+    def shapes(self, rows, length, model):
+        return seq2seq_shapes(rows, length)
