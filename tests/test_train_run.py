@@ -76,7 +76,7 @@ def checkpoint(texts, tmp_path_factory):
     """The model that a run with `small`'s settings starts with, saved."""
     folder = tmp_path_factory.mktemp("checkpoint")
     config = TrainConfig.from_dict(small(texts, folder / "run"))
-    return save(make_model(config, config.task.data(config), folder, key=jax.random.key(0)), folder / "model")
+    return save(make_model(config, config.task_data, folder, key=jax.random.key(0)), folder / "model")
 
 
 def call(path, *arguments):
@@ -189,13 +189,13 @@ def test_what_is_held_out_is_not_trained_on(texts, tmp_path, name):
         settings["task"]["pack"] = False
     settings["training"] |= {"batch_size": 1, "length": 128, "buckets": [8, 128], "evaluate_every": 0}
     config = TrainConfig.from_dict(settings)
-    data = config.task.data(config)
+    data = config.task_data
     model = make_model(config, data, tmp_path, key=jax.random.key(0))
     train, validation = data.train(model.assets, model.config), data.validation(model.assets, model.config)
     assert (train.rows, validation.rows) == (33, 7)
     given = "pixel_values" if name == "images" else "input_ids"
     all_of_it = dataclasses.replace(config, data=dataclasses.replace(config.data, hold_out=0))
-    whole = all_of_it.task.data(all_of_it)
+    whole = all_of_it.task_data
     every = whole.train(model.assets, model.config)
     seen = [
         sorted(next(batches)[given].tobytes().rstrip(b"\0") for _ in range(batches.rows))

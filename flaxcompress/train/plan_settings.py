@@ -39,7 +39,7 @@ def planned_structure(settings: TrainConfig) -> ModelConfig:
       ValueError: settings that leave the vocabulary or the number of classes open.
       FileNotFoundError: no such model, tokenizer or data.
     """
-    model, data = settings.model, settings.task.data(settings)
+    model, data = settings.model, settings.task_data
     has_classes = settings.task.head == "sequence_classification"
     if has_classes and model.classes is None and settings.data.train == (_UNREAD,):
         raise ValueError("model/classes: a plan without data needs them; give their number")

@@ -58,7 +58,7 @@ def run(
     writes = jax.process_index() == 0
     with Outputs(config.out, writes=writes) as outputs:
         same_everywhere(functools.partial(_begin, outputs, config, allow_changes))
-        data, training, key = config.task.data(config), config.training, jax.random.key(config.training.seed)
+        data, training, key = config.task_data, config.training, jax.random.key(config.training.seed)
         mesh = _mesh(config)
         model = make_model(config, data, outputs.folder, key=jax.random.fold_in(key, 0))
         objective = config.task.objective(training.z_loss)

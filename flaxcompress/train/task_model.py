@@ -16,7 +16,8 @@ from flaxcompress.folder import load, resolve
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, generation_config_file, read_assets
 from flaxcompress.train.cluster import same_everywhere
-from flaxcompress.train.config import ModelSettings, TrainConfig
+from flaxcompress.train.config import TrainConfig
+from flaxcompress.train.settings import ModelSettings
 from flaxcompress.train.structure import check_length, structure
 from flaxcompress.train.tasks import TaskData
 

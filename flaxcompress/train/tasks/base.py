@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.train.objectives import Objective
-
-if TYPE_CHECKING:
-    from flaxcompress.train.config import TrainConfig
-    from flaxcompress.train.tasks.data import TaskData
+from flaxcompress.train.settings import DataSettings, TrainingSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +37,8 @@ class Task:
         """The head that a model made for the task has."""
         raise NotImplementedError(f"{type(self).__name__}.head")
 
-    def data(self, config: TrainConfig) -> TaskData:
-        """The data of a run, read when asked for."""
+    def data(self, files: DataSettings, training: TrainingSettings) -> Any:
+        """The `TaskData` of a run, read when asked for."""
         raise NotImplementedError(f"{type(self).__name__}.data")
 
     def objective(self, z_loss: float) -> Objective:

@@ -13,8 +13,7 @@ from flaxcompress.train.tasks.data import TextData
 
 class _Data(TextData):
     def _batches(self, assets, model, *, validation, **options):
-        task = self.config.task
-        assert isinstance(task, CausalLMTask)
+        task = self.task
         return causal_lm_batches(self._corpus(validation), assets, pack=task.pack, **self._rows(model), **options)
 
 
@@ -31,8 +30,8 @@ class CausalLMTask(Task):
     def head(self):
         return "causal_lm"
 
-    def data(self, config):
-        return _Data(config)
+    def data(self, files, training):
+        return _Data(self, files, training)
 
     def objective(self, z_loss):
         return NextToken(z_loss=z_loss)

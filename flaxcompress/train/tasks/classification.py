@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,9 @@ import numpy as np
 from flaxcompress.data.labelled import Labelled, read_labelled
 from flaxcompress.data.tasks import classification_batches
 from flaxcompress.train.objectives import Classification
+from flaxcompress.train.settings import DataSettings
 from flaxcompress.train.tasks.base import Task, integers, token_shapes
 from flaxcompress.train.tasks.data import TaskData
-
-if TYPE_CHECKING:
-    from flaxcompress.train.config import DataSettings
 
 
 class LabelledData(TaskData):
@@ -39,15 +37,13 @@ class LabelledData(TaskData):
 
     @property
     def _regression(self) -> bool:
-        task = self.config.task
-        assert isinstance(task, ClassificationTask)
-        return task.regression
+        return self.task.regression
 
     def _read(self, validation: bool) -> Labelled:
         portion = self._portion(validation)
         if not portion.count:
-            return _read_labelled(self.config.data, self._regression, validation)
-        found = _read_labelled(self.config.data, self._regression, False)
+            return _read_labelled(self.files, self._regression, validation)
+        found = _read_labelled(self.files, self._regression, False)
         rows = np.fromiter(portion.of(range(len(found.labels))), np.int64)
         return Labelled([found.texts[i] for i in rows], found.labels[rows], found.names)  # pyright: ignore[reportArgumentType]
 
@@ -87,8 +83,8 @@ class ClassificationTask(Task):
     def head(self):
         return "sequence_classification"
 
-    def data(self, config):
-        return LabelledData(config)
+    def data(self, files, training):
+        return LabelledData(self, files, training)
 
     def objective(self, z_loss):
         return Classification(label_smoothing=self.label_smoothing)

@@ -46,8 +46,8 @@ class DistillTask(Task):
     def head(self):
         return "none"
 
-    def data(self, config):
-        return _Data(config)
+    def data(self, files, training):
+        return _Data(self, files, training)
 
     def objective(self, z_loss):
         weights = {name: getattr(self, name) for name in ("cosine", "hidden", "logits", "temperature")}

@@ -35,8 +35,7 @@ class _Data(TaskData):
         return _read_images(tuple(self._files(validation)), tuple(self._targets(validation)))
 
     def _batches(self, assets, model, *, validation, **options):
-        task = self.config.task
-        assert isinstance(task, ImagesTask)
+        task = self.task
         options |= {"mean": task.mean, "std": task.std, "classes": model.classes}
         options |= {} if validation else {"flip": task.flip, "shift": task.shift}
         return image_batches(self._read(validation), **self._sizes, **options)
@@ -74,8 +73,8 @@ class ImagesTask(Task):
     def head(self):
         return "sequence_classification"
 
-    def data(self, config):
-        return _Data(config)
+    def data(self, files, training):
+        return _Data(self, files, training)
 
     def objective(self, z_loss):
         return Classification(label_smoothing=self.label_smoothing)

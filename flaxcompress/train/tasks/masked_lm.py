@@ -15,7 +15,7 @@ from flaxcompress.train.tasks.data import TextData
 class _Data(TextData):
     def _batches(self, assets, model, *, validation, **options):
         names = ("mask_rate", "ngram", "whole_word", "sentence_order", "pack")
-        options |= {name: getattr(self.config.task, name) for name in names}
+        options |= {name: getattr(self.task, name) for name in names}
         return masked_lm_batches(self._corpus(validation), assets, **self._rows(model), **options)
 
 
@@ -40,8 +40,8 @@ class MaskedLMTask(Task):
     def head(self):
         return "pretraining" if self.sentence_order else "masked_lm"
 
-    def data(self, config):
-        return _Data(config)
+    def data(self, files, training):
+        return _Data(self, files, training)
 
     def objective(self, z_loss):
         return MaskedLM(order=self.order_weight, z_loss=z_loss)

@@ -14,8 +14,7 @@ from flaxcompress.train.tasks.seq2seq import seq2seq_shapes
 
 class _Data(TextData):
     def _batches(self, assets, model, *, validation, **options):
-        task = self.config.task
-        assert isinstance(task, SpanCorruptionTask)
+        task = self.task
         options |= {"density": task.density, "mean_span": task.mean_span}
         return span_corruption_batches(self._corpus(validation), assets, **self._rows(model), **options)
 
@@ -35,8 +34,8 @@ class SpanCorruptionTask(Task):
     def head(self):
         return "seq2seq_lm"
 
-    def data(self, config):
-        return _Data(config)
+    def data(self, files, training):
+        return _Data(self, files, training)
 
     def objective(self, z_loss):
         return NextToken(z_loss=z_loss)

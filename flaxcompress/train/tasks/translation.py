@@ -16,7 +16,7 @@ from flaxcompress.train.tasks.seq2seq import seq2seq_shapes
 
 class _Data(TaskData):
     def texts(self) -> Iterator[str]:
-        pairs = read_parallel(*self._sides(validation=False), max_bad_lines=self.config.data.max_bad_lines)
+        pairs = read_parallel(*self._sides(validation=False), max_bad_lines=self.files.max_bad_lines)
         for pair in self._portion(validation=False).of(pairs):
             yield from pair
 
@@ -24,11 +24,11 @@ class _Data(TaskData):
         files, targets = self._files(validation), self._targets(validation)
         if targets:
             return files, targets
-        source, target = self.config.data.columns
+        source, target = self.files.columns
         return [f"{file}:{source}" for file in files], [f"{file}:{target}" for file in files]
 
     def _batches(self, assets, model, *, validation, **options):
-        options |= {"max_bad_lines": self.config.data.max_bad_lines, "portion": self._portion(validation)}
+        options |= {"max_bad_lines": self.files.max_bad_lines, "portion": self._portion(validation)}
         return translation_batches(*self._sides(validation), assets, **self._rows(model), **options)
 
 
@@ -51,8 +51,8 @@ class TranslationTask(Task):
     def head(self):
         return "seq2seq_lm"
 
-    def data(self, config):
-        return _Data(config)
+    def data(self, files, training):
+        return _Data(self, files, training)
 
     def objective(self, z_loss):
         return NextToken(label_smoothing=self.label_smoothing, z_loss=z_loss)
