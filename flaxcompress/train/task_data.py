@@ -49,6 +49,11 @@ class TaskData:
         """C, of data with labels that are classes; None for all others."""
         return None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, where the data name them."""
+        return ()
+
     def texts(self) -> Iterator[str]:
         """The training text, for a tokenizer to learn from."""
         raise NotImplementedError(f"{type(self).__name__}.texts")
@@ -158,7 +163,6 @@ class LabelledData(TaskData):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the classes."""
         return self._read(False).names
 
     def texts(self) -> Iterator[str]:

@@ -11,6 +11,7 @@ import jax
 
 from flaxcompress import storage
 from flaxcompress.data.frame import special_id
+from flaxcompress.data.images import with_pixel_scale
 from flaxcompress.data.train_tokenizer import train_tokenizer, vocabulary_size
 from flaxcompress.folder import load, resolve
 from flaxcompress.model import Model
@@ -45,7 +46,7 @@ def make_model(config: TrainConfig, data: TaskData, folder: Path, *, key: jax.Ar
             sizes = {"vocabulary": vocabulary_size(assets), "pad": special_id(assets, "pad") or 0}
         model = Model.init(structure(config, **sizes, classes=_classes(settings, data)), key=key, assets=assets)
     _check(config, model)
-    return model
+    return _described(config, data, model)
 
 
 def load_model(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:
@@ -60,6 +61,16 @@ def load_model(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:
     if fits and (wanted != "sequence_classification" or classes in (None, model.config.classes)):
         return model
     return load(settings.load, head=wanted, classes=classes, key=key)
+
+
+def _described(config: TrainConfig, data: TaskData, model: Model) -> Model:
+    """The model with what only its task and data say of it: the names of classes, and how pixels are scaled."""
+    task, assets = config.task, model.assets
+    if isinstance(task, ImagesTask) and model.config.patches is not None:
+        assets = with_pixel_scale(assets, model.config.patches, task.mean, task.std)
+    if len(data.names) == model.config.classes and not all(name.isdecimal() for name in data.names):
+        assets = dataclasses.replace(assets, classes=data.names)
+    return model.replace(assets=assets)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _classes(settings: ModelSettings, data: TaskData) -> int | None:
