@@ -24,7 +24,7 @@ class Evaluate(Verb):
 
     fidelity: how close its sentence vectors are to those of --reference; on held-out docstrings of Python's standard
     library unless --data names text. sts: Spearman correlation with human scores of a tsv or jsonl file with the
-    columns sentence1, sentence2 and score. classification: accuracy and F1 on a tsv or jsonl file with texts and labels.
+    columns sentence1, sentence2 and score. classification: accuracy and F1 on a tsv or jsonl file of labelled texts.
     tokens: F1 of entities in a file with a word and its tag per line. zero-shot: accuracy of a sentence encoder that
     knows the classes' names alone. lm: perplexity and bits per byte of a causal model on text, loss and accuracy of a
     masked one. translation: BLEU and chrF of --data against --targets, or of a tsv file with both. images: accuracy on

@@ -38,7 +38,7 @@ def lm(
 
     Documents longer than `length` are read in windows, each of which has the second half of the one before it as
     context; the tokens that begin and end a document are not counted. With the head "pretraining" there is
-    sentence_order_accuracy too. With a reference of the same vocabulary: kl_per_token, the mean of KL(reference ‖ model)
+    sentence_order_accuracy too. With a reference of the same vocabulary: kl_per_token, KL(reference ‖ model) on average
     over the counted tokens, and agreement, how often both find the same token likeliest; across vocabularies,
     bits_per_byte is what can be compared.
 

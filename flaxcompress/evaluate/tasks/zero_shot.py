@@ -68,7 +68,7 @@ def _names(found: Labelled, labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _nearest(model: Model, found: Labelled, classes: list[str], progress: bool) -> np.ndarray:
-    texts = list(found.texts)
+    texts = [str(text) for text in found.texts]
     vectors, names = (vectors_of(model, each, _TASK, progress=progress) for each in (texts, classes))
     lengths = np.linalg.norm(names, axis=1)
     return (vectors @ (names / np.where(lengths > 0, lengths, 1.0)[:, None]).T).argmax(-1)
