@@ -84,8 +84,8 @@ def test_other_tags_are_refused(tag):
 
 
 def test_entity_scores_of_a_case_made_by_hand():
-    labels = ["B-per I-per O B-loc O".split(), "B-loc I-loc I-loc O".split(), "O O".split()]
-    found = ["B-per I-per O B-per O".split(), "B-loc I-loc O B-loc".split(), "O O".split()]
+    labels = [["B-per", "I-per", "O", "B-loc", "O"], ["B-loc", "I-loc", "I-loc", "O"], ["O", "O"]]
+    found = [["B-per", "I-per", "O", "B-per", "O"], ["B-loc", "I-loc", "O", "B-loc"], ["O", "O"]]
     # Right: the first person. Wrong: a place called a person, a place cut short, a place that is none.
     got = entity_scores(labels, found)
     assert (got["entities"], got["precision"], got["recall"]) == (3, 1 / 4, 1 / 3)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flaxcompress.config import closest
-from flaxcompress.data.labelled import Labelled, read_labelled
+from flaxcompress.data.labelled import Labelled, find_names, read_labelled
 from flaxcompress.evaluate.tasks.task import last_of, need_data
 from flaxcompress.model import Model
 
@@ -50,7 +50,7 @@ def _given(data: Sequence[Any], task: str, regression: bool) -> Labelled:
     if regression:
         return Labelled(texts, np.array(labels, np.float32), ())
     words = [str(label) for label in labels]
-    names = tuple(dict.fromkeys(words))
+    names = find_names(words)
     return Labelled(texts, np.array([names.index(word) for word in words], np.int32), names)
 
 
@@ -79,7 +79,7 @@ def class_numbers(model: Model, task: str, names: Sequence[str], labels: Sequenc
             f"{task}: the data's labels are {_short(names)}, and the model does not name its {count} classes "
             f"(config.json's id2label): labels must be 0 to {count - 1}, or name the classes in order: --labels"
         )
-    stranger = next(name for name in names if name not in own)
+    stranger = next(name for name in reversed(names) if name not in own)  # of numbers, the highest
     raise ValueError(f"{task}: the model has no class {stranger!r:.60}; {closest(stranger, own)}")
 
 
