@@ -14,7 +14,7 @@ from tiny_models import make_model, make_sentences, words
 
 import flaxcompress as fc
 from flaxcompress.config import Classifier, Patches
-from flaxcompress.data import Corpus, Images, masked_lm_batches, train_tokenizer
+from flaxcompress.data import Corpus, Images, masked_lm_batches, train_tokenizer, vocabulary_size
 from flaxcompress.data.conll import Tagged
 from flaxcompress.data.frame import whole_tokenizer
 from flaxcompress.data.images import pixel_scale, with_pixel_scale
@@ -430,6 +430,30 @@ def test_translation_scores_are_sacrebleus(tmp_path):
     (tmp_path / "short.en").write_text("one\n")
     with pytest.raises(ValueError, match=r"has 3 lines, but .* has 1"):
         evaluate(model, "translation", data=tmp_path / "a.de", targets=tmp_path / "short.en")
+
+
+@pytest.mark.slow
+def test_translation_by_a_model_is_what_it_generates():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    assets = train_tokenizer([STORY] * 4, "unigram", vocabulary=40, model="seq2seq", max_length=16)
+    sizes = {"width": 16, "layers": 1, "heads": 2, "feed_forward_width": 16, "positions": 16, "segments": 0}
+    decoder = fc.ModelConfig(
+        vocabulary=0, causal=True, sharing={"name": "own", "cross_attention": "own"}, **sizes
+    )  # fmt: skip
+    config = fc.ModelConfig(
+        vocabulary=vocabulary_size(assets),
+        head="seq2seq_lm",
+        pooler=False,
+        decoder=decoder,
+        initializer_range=0.5,
+        **sizes,
+    )
+    model = fc.Model.init(config, key=jax.random.key(0), assets=assets)
+    sources, targets = stories(5, 3), stories(5, 4)
+    found = evaluate(model, "translation", data=list(zip(sources, targets, strict=True)), beams=2, batch_size=2)
+    answers = [model.generate(source, max_new_tokens=15, beams=2).strip() for source in sources]
+    assert found["chrf"] == sacrebleu.corpus_chrf(answers, [targets]).score
+    assert found["examples"][1]["answer"] == answers[2]
 
 
 def test_a_prefix_stands_before_every_text():

@@ -1,6 +1,6 @@
 """Keeps of finished runs what fits into a repository: settings, final figures, thinned curves, and a picture.
 
-    python experiments/scratch/keep.py multi30k runs/multi30k-shared runs/multi30k-untied --measured shared.json untied.json
+    python experiments/scratch/keep.py multi30k runs/multi30k-shared runs/multi30k-untied --measured shared.json
 
 writes results/multi30k.json and results/multi30k.png beside this file. The curve of the training loss has a point for
 each hundredth of the run, the mean over it; evaluations are all there. `--measured` names what
