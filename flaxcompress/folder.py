@@ -25,6 +25,7 @@ from flaxcompress.heads import with_head
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import (
     TOKENIZER_FILES,
+    class_names,
     generation_config_file,
     read_assets,
     sentence_transformers_files,
@@ -300,6 +301,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": config.positions,
         "pad_token_id": config.pad_token,
         **write_classes(config),
+        **class_names(model.assets, config.classes),
         **({"is_encoder_decoder": True, **_start(model)} if config.decoder is not None else {}),
         "flaxcompress": config.to_json(),
         "flaxcompress_source": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -69,7 +70,8 @@ def with_head(model: Model, head: str, *, classes: int | None = None, key: jax.A
                 "key=jax.random.key(0)"
             )
         params["head"] = jax.jit(draw)(key)
-    return model.replace(params=params, config=config)  # pyright: ignore[reportAttributeAccessIssue]
+    assets = dataclasses.replace(model.assets, classes=())  # which were the old head's
+    return model.replace(params=params, config=config, assets=assets)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _head(config: ModelConfig, key: jax.Array) -> Any:

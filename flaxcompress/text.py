@@ -17,6 +17,7 @@ from flaxcompress.config import closest
 from flaxcompress.tokenizer import make_tokenizer, read_options, vocabulary_lines
 
 LEXICON = "lexicon.json"  # terms and their feature ids
+PIXELS = "preprocessor_config.json"  # how images become numbers
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     LEXICON,
+    PIXELS,
 )
 _ONE_OF = ("tokenizer.json", "vocab.txt", "merges.txt", "source.spm", "spiece.model")  # has a tokenizer
 POOLING_MODES = {
@@ -72,6 +74,7 @@ class Assets:
       end_tokens: ids that end a generated text.
       start_token: the id that a decoder beside an encoder begins with; None for padding's.
       never_tokens: ids that are never generated.
+      classes: the names of a classifier's classes, in order; none where they have only numbers.
     """
 
     files: tuple[tuple[str, bytes], ...] = ()
@@ -82,6 +85,7 @@ class Assets:
     end_tokens: tuple[int, ...] = ()
     start_token: int | None = None
     never_tokens: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @functools.cached_property
     def digest(self) -> str:
@@ -94,6 +98,7 @@ class Assets:
             self.end_tokens,
             self.start_token,
             self.never_tokens,
+            self.classes,
         ]
         digest = hashlib.sha256(json.dumps(head).encode())
         for name, content in self.files:
@@ -256,8 +261,28 @@ def read_assets(folder: Path, *, positions: int, source: str) -> Assets:
         max_length=limit,
         source=source,
         licence=_licence(folder),
+        classes=_classes(folder),
         **_generation(folder),
     )
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    """config.json's id2label in order; nothing where that only numbers them, or calls two alike."""
+    path = folder / "config.json"
+    stated = _object(path).get("id2label") if path.is_file() else None
+    numbered = {str(i) for i in range(len(stated))} if isinstance(stated, dict) else set()
+    if not isinstance(stated, dict) or set(stated) != numbered:
+        return ()
+    names = tuple(str(stated[str(i)]) for i in range(len(stated)))
+    plain = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    return () if plain or len(set(names)) < len(names) else names
+
+
+def class_names(assets: Assets, count: int) -> dict[str, Any]:
+    """id2label and label2id of config.json, where the assets name so many classes."""
+    if not count or len(assets.classes) != count:
+        return {}
+    return {"id2label": dict(enumerate(assets.classes)), "label2id": {n: i for i, n in enumerate(assets.classes)}}
 
 
 def _generation(folder: Path) -> dict[str, Any]:

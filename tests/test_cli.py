@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
@@ -24,6 +25,7 @@ from flaxcompress.cli.compress import work_folder
 from flaxcompress.cli.files import write_vectors
 from flaxcompress.cli.parse import parse
 from flaxcompress.config import ModelConfig
+from flaxcompress.evaluate import TASKS, options_of
 from flaxcompress.folder import load, save
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, Pooling
@@ -121,6 +123,13 @@ WRONG = {
     "evaluate {tiny} --task sts --data pairs.tsv": ["pairs.tsv, line 2", "high"],
     "evaluate {tiny} --task fidelity": ["--reference"],
     "evaluate {tiny} --task fidelity --reference nowhere": ["nowhere"],
+    "evaluate {tiny} --task sts --data pairs.tsv --beams 3": ["'sts' does not read --beams", "translation"],
+    "evaluate {tiny} --task zero-shot --data pairs.tsv --batch 3": ["--batch", "classification"],
+    "evaluate {tiny} --task lm --data few.txt": ["'causal_lm'", "has 'none'", "flaxcompress train"],
+    "evaluate {tiny} --task images --data few.txt": ["'sequence_classification'"],
+    "evaluate {tiny} --task zero-shot --data few.txt": ["few.txt", "'label'"],
+    "evaluate {tiny} --task zero-shot --data empty.txt": ["empty.txt", "empty"],
+    "evaluate {tiny} --task zero-shot --data pairs.tsv --columns sentense1 score": ["sentense1", "did you mean"],
     "encode {tiny} nowhere.txt": ["nowhere.txt", "no such file"],
     "encode {tiny} empty.txt": ["empty.txt", "empty"],
     "encode {tiny} latin.txt": ["latin.txt, line 2", "UTF-8"],
@@ -297,6 +306,21 @@ def test_evaluate_fidelity(tiny, here):
     assert run("evaluate {tiny} --task fidelity --data in.txt --reference {tiny} --json e.json", tiny=tiny) == 0
     found = json.loads(Path("e.json").read_text())
     assert found["mean_cosine"] == pytest.approx(1) and found["neighbour_overlap_10"] == 1
+
+
+def test_evaluate_zero_shot(tiny, here, capsys):
+    rows = [f"{text}\t{WORDS[i % 2]}" for i, text in enumerate(sentences(20))]
+    Path("texts.tsv").write_text("\n".join(["text\tclass", *rows]))
+    options = "--template it_{{}} --hold-out 12 --json e.json --columns text class"
+    assert run(f"evaluate {{tiny}} --task zero-shot --data texts.tsv --reference {{tiny}} {options}", tiny=tiny) == 0
+    found = json.loads(Path("e.json").read_text())
+    assert (found["n"], found["agreement"], found["classes"]) == (12, 1.0, sorted(WORDS[:2]))
+    assert f"f1 of {WORDS[0]}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_option_of_a_task_is_a_flag():
+    fields = {field.name for field in dataclasses.fields(cli.VERBS["evaluate"])}
+    assert all(set(options_of(task)) <= fields for task in TASKS.values())
 
 
 def test_export(tiny, here, capsys):

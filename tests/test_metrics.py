@@ -201,7 +201,7 @@ def test_sts(tmp_path):
 @pytest.mark.parametrize(
     ("task", "data", "message"),
     [
-        ("stss", PAIRS, r"unknown task 'stss'; known: fidelity, sts; did you mean 'sts'\?"),
+        ("stss", PAIRS, r"unknown task 'stss'; known: classification, .*; did you mean 'sts'\?"),
         ("fidelity", TEXTS, "a reference is needed"),
         ("sts", None, "sts: no data; give a file"),
         ("sts", [], "list of pairs is empty"),

@@ -17,6 +17,7 @@ import pytest
 
 from flaxcompress import cli, tree
 from flaxcompress.config.yaml_file import dump_yaml, read_yaml, with_changes
+from flaxcompress.data.images import pixel_scale
 from flaxcompress.folder import load, save
 from flaxcompress.train import outputs
 from flaxcompress.train.config import TrainConfig
@@ -191,6 +192,8 @@ def test_what_is_held_out_is_not_trained_on(texts, tmp_path, name):
     config = TrainConfig.from_dict(settings)
     data = config.task_data
     model = make_model(config, data, tmp_path, key=jax.random.key(0))
+    assert model.assets.classes == (("cat", "other") if name == "classification" else ())
+    assert pixel_scale(model.assets) == (((0.5,), (0.5,)) if name == "images" else None)
     train, validation = data.train(model.assets, model.config), data.validation(model.assets, model.config)
     assert (train.rows, validation.rows) == (33, 7)
     given = "pixel_values" if name == "images" else "input_ids"

@@ -1,9 +1,10 @@
 """Keeps of finished runs what fits into a repository: settings, final figures, thinned curves, and a picture.
 
-    python experiments/scratch/keep.py multi30k runs/multi30k-shared runs/multi30k-untied --measured bleu.json
+    python experiments/scratch/keep.py multi30k runs/multi30k-shared runs/multi30k-untied --measured shared.json
 
 writes results/multi30k.json and results/multi30k.png beside this file. The curve of the training loss has a point for
-each hundredth of the run, the mean over it; evaluations are all there.
+each hundredth of the run, the mean over it; evaluations are all there. `--measured` names what
+`flaxcompress evaluate … --json FILE` wrote.
 """
 
 from __future__ import annotations
@@ -80,11 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--measured", type=Path, help="what measure.py wrote")
+    parser.add_argument("--measured", nargs="+", type=Path, default=[], help="what evaluate --json wrote")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     runs = {run.name: kept(run) for run in options.runs}
-    measured = None if options.measured is None else json.loads(options.measured.read_text("utf-8"))
+    measured = [json.loads(file.read_text("utf-8")) for file in options.measured]
     text = json.dumps({"runs": runs, "measured": measured}, indent=1, ensure_ascii=False)
     (RESULTS / f"{options.name}.json").write_text(text + "\n", "utf-8")
     draw(runs, RESULTS / f"{options.name}.png")

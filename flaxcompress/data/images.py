@@ -1,16 +1,21 @@
-"""Images and labels from files: IDX as MNIST has it, and npz."""
+"""Images and labels from files: IDX as MNIST has it, and npz; and how pixels are scaled for a model."""
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import json
 import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
+
+from flaxcompress.config import Patches
+from flaxcompress.text import PIXELS, Assets
 
 _UNSIGNED_BYTE = 8
 
@@ -20,6 +25,45 @@ class Images(NamedTuple):
 
     images: UInt8[np.ndarray, "n height width *channels"]
     labels: Int[np.ndarray, " n"]
+
+
+class PixelScale(NamedTuple):
+    """What pixels between 0 and 1 become for a model: (x - mean) / std, for each channel, or for all alike."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def pixel_scale(assets: Assets) -> PixelScale | None:
+    """What preprocessor_config.json says; None where there is none. Raises ValueError for a damaged one."""
+    content = assets.file(PIXELS)
+    if content is None:
+        return None
+    try:
+        stated = json.loads(content)
+        factor = float(stated.get("rescale_factor", 1 / 255)) if stated.get("do_rescale", True) else 1.0
+        given = (stated["image_mean"], stated["image_std"]) if stated.get("do_normalize", True) else (0.0, 1.0)
+        scale = [tuple(float(x) / (255 * factor) for x in np.atleast_1d(value)) for value in given]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{PIXELS}: does not say how pixels are scaled ({type(error).__name__}: {error})") from None
+    return PixelScale(*scale)
+
+
+def with_pixel_scale(assets: Assets, patches: Patches, mean: Any, std: Any) -> Assets:
+    """Assets that say how pixels are scaled, for all channels or each, as transformers reads it too."""
+    mean, std = (np.broadcast_to(np.asarray(x, np.float64), patches.channels).tolist() for x in (mean, std))
+    stated = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": patches.height, "width": patches.width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    others = tuple((name, content) for name, content in assets.files if name != PIXELS)
+    return dataclasses.replace(assets, files=(*others, (PIXELS, (json.dumps(stated, indent=2) + "\n").encode())))
 
 
 def read_idx(path: str | Path) -> np.ndarray:

@@ -73,7 +73,7 @@ def read_labelled(
             raise ValueError(f"{', '.join(map(str, files))}: holds no labelled texts{reason}")
     if regression:
         return Labelled(texts, np.array(labels, np.float32), ())
-    found = _names(labels) if names is None else tuple(names)
+    found = find_names(labels) if names is None else tuple(names)
     numbers = {name: i for i, name in enumerate(found)}
     return Labelled(texts, np.array([numbers[name] for name in labels], np.int32), found)
 
@@ -122,7 +122,8 @@ def _label(where: str, numbered: tuple[int, Any], names: Sequence[str] | None, r
     return name
 
 
-def _names(labels: Sequence[str]) -> tuple[str, ...]:
+def find_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The classes in order: 0, 1, … up to the highest where all labels are numbers, else the sorted words."""
     distinct = set(labels)
     if all(name.isdecimal() for name in distinct) and (highest := max(map(int, distinct))) < 10 * len(distinct) + 10:
         return tuple(str(i) for i in range(highest + 1))

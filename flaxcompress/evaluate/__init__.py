@@ -3,7 +3,7 @@
 from flaxcompress.evaluate.metrics import cosines, mean_cosine, neighbour_overlap, rank_correlation, spearman
 from flaxcompress.evaluate.profile import PartCost, Profile, profile
 from flaxcompress.evaluate.report import Report, versions
-from flaxcompress.evaluate.tasks import TASKS, compare_vectors, evaluate
+from flaxcompress.evaluate.tasks import TASKS, compare_vectors, evaluate, options_of
 
 __all__ = [
     "TASKS",
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate",
     "mean_cosine",
     "neighbour_overlap",
+    "options_of",
     "profile",
     "rank_correlation",
     "spearman",

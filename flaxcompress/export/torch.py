@@ -28,6 +28,7 @@ from flaxcompress.nn import run
 from flaxcompress.text import (
     Assets,
     Pooling,
+    class_names,
     generation_config_file,
     pad_ids,
     sentence_transformers_files,
@@ -81,7 +82,8 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
             "export: no stock class has a lexicon; save the model instead, whose folder PyTorch loads, too"
         )
     config, tensors = stock_tensors(model)
-    hf = {**FAMILIES[config.family].write_config(config), "dtype": "float32"}
+    names = class_names(model.assets, config.classes)
+    hf = {**FAMILIES[config.family].write_config(config), **names, "dtype": "float32"}
     with storage.new_folder(out, overwrite=overwrite) as folder:
         storage.write_tensors(folder / storage.WEIGHTS, tensors)
         files: dict[str, str | bytes] = dict(model.assets.files)

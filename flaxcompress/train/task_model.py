@@ -44,7 +44,7 @@ def make_model(config: TrainConfig, data: TaskData, folder: Path, *, key: jax.Ar
             sizes = {"vocabulary": vocabulary_size(assets), "pad": special_id(assets, "pad") or 0}
         model = Model.init(structure(config, **sizes, classes=_classes(settings, data)), key=key, assets=assets)
     _check(config, model)
-    return model
+    return model.replace(assets=data.described(model.assets, model.config))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load_model(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:

@@ -28,7 +28,6 @@ class LabelledData(TaskData):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the classes."""
         return self._read(False).names
 
     def texts(self) -> Iterator[str]:

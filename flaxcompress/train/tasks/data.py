@@ -28,6 +28,17 @@ class TaskData:
         """C, of data with labels that are classes; None for all others."""
         return None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, where the data name them."""
+        return ()
+
+    def described(self, assets: Assets, model: ModelConfig) -> Assets:
+        """The assets with what only the data say of a model: the names of its classes."""
+        if len(self.names) != model.classes or all(name.isdecimal() for name in self.names):
+            return assets
+        return dataclasses.replace(assets, classes=self.names)
+
     def texts(self) -> Iterator[str]:
         """The training text, for a tokenizer to learn from."""
         raise NotImplementedError(f"{type(self).__name__}.texts")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcompress.data.images import Images, read_images
+from flaxcompress.data.images import Images, read_images, with_pixel_scale
 from flaxcompress.data.tasks import image_batches
 from flaxcompress.train.objectives import Classification
 from flaxcompress.train.tasks.base import Task, integers
@@ -22,6 +22,12 @@ class _Data(TaskData):
     @property
     def classes(self) -> int | None:
         return int(self._whole(False).labels.max()) + 1
+
+    def described(self, assets, model):
+        """The assets with the scale of pixels."""
+        if model.patches is None:
+            return assets
+        return with_pixel_scale(assets, model.patches, self.task.mean, self.task.std)
 
     def texts(self) -> Iterator[str]:
         raise ValueError("tokenizer: images have no text; leave it out")
