@@ -6,7 +6,8 @@ of the gradient, over the largest element of its leaf; everything is float32.
 
     python experiments/mesh_equality.py --json experiments/mesh_equality.json
 
-Measured whole so far: nothing; the tests try three of the ten meshes for each structure.
+Result (`mesh_equality.json`; an hour on two cores that did other work beside it): 43 structures, families and formats
+among them, on 10 meshes each: at most 6.3e-6. The tests try three of the ten meshes for each structure.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from sharded import FORMATS, structures
 
 import flaxcompress as fc
+from flaxcompress import tree
 from flaxcompress.train import chips
 from flaxcompress.train.abstract import abstract_params
 from flaxcompress.train.chips import devices_of, parse_topology
@@ -24,6 +26,7 @@ from flaxcompress.train.hlo import Listing, shape_bytes, spanned
 from flaxcompress.train.plan import Plan, _others, plan
 from flaxcompress.train.plan_settings import planned_structure, read_plan_settings
 from flaxcompress.train.run import run as train_run
+from flaxcompress.train.trainable import thaw_model
 
 MODEL = {
     "vocabulary": 64,
@@ -318,6 +321,14 @@ def test_batches_are_those_of_training(task, structure, tmp_path, monkeypatch):
         n: (x.dtype, x.ndim, x.shape[0]) for n, x in planned.items()
     }
     assert all(x.size <= planned[n].size for n, x in given["batch"].items())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_an_abstract_trainable_form(name):
+    """As `plan` needs it of models too large to be drawn; that of `thaw_model` on real weights."""
+    config = structures()[name]
+    drawn = thaw_model(fc.Model.init(config, key=jax.random.key(0)))
+    assert tree.signature(abstract_params(config)) == tree.signature(drawn)
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -62,7 +62,7 @@ class Format:
         """The same composition of other matrices of the same shapes, in the order of `parts`."""
         raise NotImplementedError(f"{type(self).__name__}.with_parts")
 
-    def part_targets(self, dense: Float[np.ndarray, "n m"] | None) -> list[np.ndarray | None]:
+    def part_targets(self, dense: Float[np.ndarray, "n m"]) -> list[np.ndarray | None]:
         """What each part should approximate for the whole to approximate `dense`; None where nothing is known."""
         del dense
         return [None] * len(self.parts())

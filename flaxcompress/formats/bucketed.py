@@ -68,7 +68,7 @@ class Bucketed(Format):
 
     def part_targets(self, dense):
         numbers = np.asarray(self.tier_of_row())
-        return [None if dense is None else dense[numbers == i] for i in range(len(self.tiers))]
+        return [dense[numbers == i] for i in range(len(self.tiers))]
 
     def select(self, ids, axis):
         if axis != 0:

@@ -80,8 +80,8 @@ class LowRank(Format):
 
     def part_targets(self, dense):
         right = np.asarray(materialize(self.right), np.float64)
-        left = None if dense is None else np.asarray(dense, np.float64) @ np.linalg.pinv(right)
-        return [None if left is None else left.astype(np.float32), right.astype(np.float32)]
+        left = np.asarray(dense, np.float64) @ np.linalg.pinv(right)
+        return [left.astype(np.float32), right.astype(np.float32)]
 
     def select(self, ids, axis):
         if axis == 0:

@@ -37,10 +37,9 @@ def thaw_matrix(node: Any, source: np.ndarray | None = None) -> Any:
     if isinstance(node, RowFormat):
         return thaw(node, source.T if source is not None and node.transposed else source)
     if isinstance(node, Format) and node.parts():
-        targets = node.part_targets(source)
-        return node.with_parts(
-            [thaw_matrix(part.node, dense) for part, dense in zip(node.parts(), targets, strict=True)]
-        )
+        parts = node.parts()
+        targets = [None] * len(parts) if source is None else node.part_targets(source)
+        return node.with_parts([thaw_matrix(part.node, dense) for part, dense in zip(parts, targets, strict=True)])
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if floating(leaf) else leaf, node)
 
