@@ -114,6 +114,11 @@ def test_labels_mean_classes_by_name_then_by_number(classifier, tmp_path):
         evaluate(model, "classification", data=[(texts[0], "x"), (texts[1], "good")])
     with pytest.raises(ValueError, match="labels must name the model's 3 classes in order, each once; got 2"):
         evaluate(model, "classification", data=rows, labels=("x", "y"))
+    stars = model.replace(assets=dataclasses.replace(model.assets, classes=("1", "2", "3")))
+    rows = [(text, str(c + 1)) for text, c in zip(texts, own, strict=True)]
+    assert evaluate(stars, "classification", data=rows)["accuracy"] == 1.0
+    with pytest.raises(ValueError, match="'Good' and 'good' mean the same class"):
+        evaluate(model, "classification", data=[(texts[0], "good"), (texts[1], "Good")])
     nameless = model.replace(assets=dataclasses.replace(model.assets, classes=()))
     with pytest.raises(ValueError, match=r"labels are .*z.*does not name its 3 classes.*--labels"):
         evaluate(nameless, "classification", data=[*rows, (texts[0], "z")])
@@ -436,18 +441,11 @@ def test_translation_scores_are_sacrebleus(tmp_path):
 def test_translation_by_a_model_is_what_it_generates():
     sacrebleu = pytest.importorskip("sacrebleu")
     assets = train_tokenizer([STORY] * 4, "unigram", vocabulary=40, model="seq2seq", max_length=16)
-    sizes = {"width": 16, "layers": 1, "heads": 2, "feed_forward_width": 16, "positions": 16, "segments": 0}
-    decoder = fc.ModelConfig(
-        vocabulary=0, causal=True, sharing={"name": "own", "cross_attention": "own"}, **sizes
-    )  # fmt: skip
-    config = fc.ModelConfig(
-        vocabulary=vocabulary_size(assets),
-        head="seq2seq_lm",
-        pooler=False,
-        decoder=decoder,
-        initializer_range=0.5,
-        **sizes,
-    )
+    sizes = {"width": 16, "layers": 1, "heads": 2, "feed_forward_width": 16, "positions": 16, "pooler": False}
+    sizes |= {"initializer_range": 0.5, "segments": 0}
+    sharing = fc.Sharing(attention=(0,), feed_forward=(0,), norms=(0,), cross_attention=(0,))
+    decoder = fc.ModelConfig(vocabulary=0, causal=True, sharing=sharing, **sizes)
+    config = fc.ModelConfig(vocabulary=vocabulary_size(assets), head="seq2seq_lm", decoder=decoder, **sizes)
     model = fc.Model.init(config, key=jax.random.key(0), assets=assets)
     sources, targets = stories(5, 3), stories(5, 4)
     found = evaluate(model, "translation", data=list(zip(sources, targets, strict=True)), beams=2, batch_size=2)

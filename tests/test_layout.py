@@ -68,7 +68,7 @@ EVERYWHERE = {
 }
 FRAMEWORKS = ("torch", "transformers", "sentence_transformers", "peft", "onnx", "onnxruntime", "onnxscript", "jax2onnx")
 LOADED_LATE = ("torch", "transformers", "sentence_transformers", "onnx", "onnxruntime", "peft")
-LOADED_LATE += ("grain", "qwix", "matplotlib", "tyro", "huggingface_hub", "tensorboardX", "wandb")
+LOADED_LATE += ("sacrebleu", "grain", "qwix", "matplotlib", "tyro", "huggingface_hub", "tensorboardX", "wandb")
 
 
 def files() -> list[tuple[str, Path]]:

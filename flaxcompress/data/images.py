@@ -44,7 +44,15 @@ def pixel_scale(assets: Assets) -> PixelScale | None:
         factor = float(stated.get("rescale_factor", 1 / 255)) if stated.get("do_rescale", True) else 1.0
         given = (stated["image_mean"], stated["image_std"]) if stated.get("do_normalize", True) else (0.0, 1.0)
         scale = [tuple(float(x) / (255 * factor) for x in np.atleast_1d(value)) for value in given]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise ValueError(f"{PIXELS}: does not say how pixels are scaled ({type(error).__name__}: {error})") from None
     return PixelScale(*scale)
 

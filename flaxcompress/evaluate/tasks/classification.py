@@ -9,7 +9,7 @@ import numpy as np
 
 from flaxcompress.evaluate.classes import pearson
 from flaxcompress.evaluate.metrics import spearman
-from flaxcompress.evaluate.tasks.labels import class_numbers, labelled_texts
+from flaxcompress.evaluate.tasks.labels import class_numbers, labelled_texts, with_names_used
 from flaxcompress.evaluate.tasks.rows import text_logits
 from flaxcompress.evaluate.tasks.scores import compared, in_labels
 from flaxcompress.evaluate.tasks.task import Result, beside, data_name, need_head, need_text
@@ -57,6 +57,7 @@ def classification(
             raise ValueError(f"{_TASK}: the model gives a number, not classes; leave out labels")
         scores = [_number_scores(found.labels, text_logits(one, found.texts, _TASK, **options)[:, 0]) for one in models]
         return head | beside(scores[0], scores[1] if len(scores) > 1 else None)
+    found = with_names_used(found)
     numbers = [class_numbers(one, _TASK, found.names, labels) for one in models]
     chosen = [
         in_labels(text_logits(one, found.texts, _TASK, **options).argmax(-1), each)

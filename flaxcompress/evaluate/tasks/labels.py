@@ -54,6 +54,12 @@ def _given(data: Sequence[Any], task: str, regression: bool) -> Labelled:
     return Labelled(texts, np.array([names.index(word) for word in words], np.int32), names)
 
 
+def with_names_used(found: Labelled) -> Labelled:
+    """Labelled texts whose names are only those that occur."""
+    used, labels = np.unique(found.labels, return_inverse=True)
+    return Labelled(found.texts, labels.astype(np.int32), tuple(found.names[i] for i in used))
+
+
 def class_names(model: Model, task: str, labels: Sequence[str]) -> tuple[str, ...]:
     """The names of a model's classes: those given, else its own (config.json's id2label); none where it has none."""
     names, count = tuple(labels) or model.assets.classes, model.config.classes
@@ -71,9 +77,9 @@ def class_numbers(model: Model, task: str, names: Sequence[str], labels: Sequenc
     for read in (str, str.casefold):
         numbers = {read(name): i for i, name in enumerate(own)}
         if len(numbers) == len(own) and all(read(name) in numbers for name in names):
-            return np.array([numbers[read(name)] for name in names], np.int64)
+            return _distinct(task, names, [numbers[read(name)] for name in names])
     if all(name.isdecimal() and int(name) < count for name in names):
-        return np.array([int(name) for name in names], np.int64)
+        return _distinct(task, names, [int(name) for name in names])
     if not own:
         raise ValueError(
             f"{task}: the data's labels are {_short(names)}, and the model does not name its {count} classes "
@@ -81,6 +87,14 @@ def class_numbers(model: Model, task: str, names: Sequence[str], labels: Sequenc
         )
     stranger = next(name for name in reversed(names) if name not in own)  # of numbers, the highest
     raise ValueError(f"{task}: the model has no class {stranger!r:.60}; {closest(stranger, own)}")
+
+
+def _distinct(task: str, names: Sequence[str], numbers: list[int]) -> np.ndarray:
+    first: dict[int, str] = {}
+    for name, number in zip(names, numbers, strict=True):
+        if first.setdefault(number, name) != name:
+            raise ValueError(f"{task}: the labels {first[number]!r} and {name!r} mean the same class; spell it one way")
+    return np.array(numbers, np.int64)
 
 
 def _short(names: Sequence[str]) -> str:

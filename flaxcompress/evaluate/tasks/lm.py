@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from flaxcompress.data.documents import Corpus
@@ -9,14 +10,13 @@ from flaxcompress.data.frame import find_frame, whole_tokenizer
 from flaxcompress.data.portion import Portion
 from flaxcompress.evaluate.tasks.masked_tokens import masked_tokens
 from flaxcompress.evaluate.tasks.next_tokens import next_tokens
-from flaxcompress.evaluate.tasks.task import Result, data_name, need_count, need_data, need_head
+from flaxcompress.evaluate.tasks.task import Result, beside, data_name, need_count, need_data, need_head
 from flaxcompress.model import Model
 
 _TASK = "lm"
 _LENGTH = 1024  # of a window at most, unless it is given
 _LOGITS = 1 << 26  # computed at once: 256 MB
 _ROWS = 16
-_MASK_RATE = 0.15
 _MASKED = ("masked_lm", "pretraining")
 
 
@@ -57,36 +57,44 @@ def lm(
     if reference is not None:
         need_head(reference, _TASK, *(("causal_lm",) if causal else _MASKED), who="the reference")
     corpus = _corpus(data, separator, hold_out)
+    settings = _settings(causal, seed=seed, mask_rate=mask_rate, ngram=ngram)
     models = [model] if reference is None else [model, reference]
-    alike = reference is not None and _same_tokens(model, reference)
-    if length is not None:
-        need_count(_TASK, "length", length, 2)
-    limits = [min(_LENGTH if length is None else length, _limit(one)) for one in models]
-    if length is not None and min(limits) < length:
-        raise ValueError(f"{_TASK}: windows of {length} tokens, but the models read {min(limits)}; make them shorter")
-    limits = [min(limits)] * len(limits) if alike else limits
-    if batch_size is not None:
-        need_count(_TASK, "batch_size", batch_size)
-    share = 1.0 if causal else mask_rate or _MASK_RATE
-    sizes = [batch_size or _rows(one, share * limit) for one, limit in zip(models, limits, strict=True)]
-    options: dict[str, Any] = {"length": limits[0], "batch_size": min(sizes) if alike else sizes[0]}
-    measure: Any = next_tokens
-    settings = {"seed": seed, "mask_rate": mask_rate, "ngram": ngram}
-    stated = {name: value for name, value in settings.items() if value is not None}
+    sizes = _sizes(models, length, batch_size, settings.get("mask_rate", 1.0))
+    measure: Any = functools.partial(next_tokens if causal else masked_tokens, progress=progress, **settings)
+    name = data_name(data.source if isinstance(data, Corpus) else data, "given texts")
+    if reference is None or _same_tokens(model, reference):
+        smallest = {key: min(each[key] for each in sizes) for key in sizes[0]}
+        found = measure(model, corpus, reference=reference, **smallest)
+        return {"data": name, **found, "length": smallest["length"], **settings}
+    found, other = (
+        {**measure(one, corpus, reference=None, **size), "length": size["length"]}
+        for one, size in zip(models, sizes, strict=True)
+    )
+    return {"data": name} | beside(found, other) | settings | {"kl_per_token": None, "agreement": None}
+
+
+def _settings(causal: bool, **given: Any) -> dict[str, Any]:
+    """Which tokens a masked model does not see. Raises ValueError where a causal one is told."""
+    stated = {name: value for name, value in given.items() if value is not None}
     if causal and stated:
         raise ValueError(f"{_TASK}: {', '.join(stated)}: for masked models only; this one predicts the next token")
-    if not causal:
-        measure, stated = masked_tokens, {"seed": 0, "mask_rate": _MASK_RATE, "ngram": 3, **stated}
-    options |= stated
-    name = data.source if isinstance(data, Corpus) else data
-    found = measure(model, corpus, reference=reference if alike else None, progress=progress, **options)
-    out: Result = {"data": data_name(name, "given texts"), **found, "length": limits[0], **stated}
-    if reference is not None and not alike:
-        options |= {"length": limits[1], "batch_size": sizes[1]}
-        other = measure(reference, corpus, reference=None, progress=progress, **options)
-        out |= {f"reference_{key}": value for key, value in {**other, "length": limits[1]}.items()}
-        out["kl_per_token"] = out["agreement"] = None
-    return out
+    return {} if causal else {"seed": 0, "mask_rate": 0.15, "ngram": 3, **stated}
+
+
+def _sizes(models: list[Model], length: int | None, batch_size: int | None, share: float) -> list[dict[str, int]]:
+    """length and batch_size for each model, of whose tokens a share has logits."""
+    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
+        if value is not None:
+            need_count(_TASK, name, value, least)
+    most = min(min(one.config.positions, one.assets.max_length) for one in models)
+    if length is not None and most < length:
+        raise ValueError(f"{_TASK}: windows of {length} tokens, but the models read {most}; make them shorter")
+    found = []
+    for one in models:
+        limit = length or min(_LENGTH, one.config.positions, one.assets.max_length)
+        rows = int(_LOGITS / max(1.0, share * limit * one.config.vocabulary))
+        found.append({"length": limit, "batch_size": batch_size or max(1, min(_ROWS, rows))})
+    return found
 
 
 def _corpus(data: Any, separator: str | None, hold_out: int) -> Corpus:
@@ -97,14 +105,6 @@ def _corpus(data: Any, separator: str | None, hold_out: int) -> Corpus:
     if separator is not None or hold_out:
         raise ValueError(f"{_TASK}: a Corpus says itself what stands between documents, and which are read")
     return data
-
-
-def _limit(model: Model) -> int:
-    return min(model.config.positions, model.assets.max_length)
-
-
-def _rows(model: Model, counted: float) -> int:
-    return max(1, min(_ROWS, int(_LOGITS / (counted * model.config.vocabulary))))
 
 
 def _same_tokens(model: Model, reference: Model) -> bool:
