@@ -11,10 +11,10 @@ Command (libtpu is needed for v5e: pip install "jax[tpu]==0.10.2" beside the pro
 Result (`plan_topologies.json`; two cores, libtpu): on v5e 16×16, of 16.9 GB a chip, ALBERT-xxlarge takes 1.76 GB with
 fsdp=64,model=4 (compiled in 35 s) and 3.06 GB with data=64,model=4 (178 s, beside other work); the Llama 5.65 GB with
 fsdp=64,model=4 (51 s). With data=64,model=4 its weights and optimizer state alone, 34 GB a chip, do not fit, which is
-said without compiling. Weights are gathered over "fsdp" alone: of ALBERT once for all layers, outside of the loop over
-them; of the Llama layer by layer, as each layer has its own. On 512 devices of the CPU both compile in 7 s or less. The
-settings in `pod/`: ALBERT-base on v5e 4×4 1.88 GB (88 s, beside other work), large on 8×8 1.92 GB (30 s), xlarge on 16×16
-1.95 GB (27 s).
+said without compiling. Weights are gathered over "fsdp" alone: of ALBERT once for all layers, outside of the loop
+over them; of the Llama layer by layer, as each layer has its own. On 512 devices of the CPU both compile in 7 s or
+less. The settings in `pod/`: ALBERT-base on v5e 4×4 1.88 GB (88 s, beside other work), large on 8×8 1.92 GB (30 s),
+xlarge on 16×16 1.95 GB (27 s).
 """
 
 from __future__ import annotations
