@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import ClassVar
 
 import jax
 
-from flaxcompress.train.tasks.base import integers, token_shapes
+from flaxcompress.train.tasks.base import Task, integers, token_shapes
 
 
-def seq2seq_shapes(rows: int, length: int) -> dict[str, Any]:
-    """The shapes of a batch of texts and of what a decoder makes of them."""
-    mask = jax.ShapeDtypeStruct((rows, length), bool)
-    ids = integers(rows, length)
-    return token_shapes(rows, length, decoder_input_ids=ids, decoder_attention_mask=mask, labels=ids)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seq2SeqTask(Task):
+    """A text from another one; both may be as long as `training.length`."""
+
+    structure: ClassVar[str] = "seq2seq"
+
+    @property
+    def head(self):
+        return "seq2seq_lm"
+
+    def shapes(self, rows, length, model):
+        ids, mask = integers(rows, length), jax.ShapeDtypeStruct((rows, length), bool)
+        return token_shapes(rows, length, decoder_input_ids=ids, decoder_attention_mask=mask, labels=ids)

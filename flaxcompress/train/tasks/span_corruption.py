@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from flaxcompress.data.tasks import span_corruption_batches
 from flaxcompress.train.objectives import NextToken
-from flaxcompress.train.tasks.base import Task
 from flaxcompress.train.tasks.data import TextData
-from flaxcompress.train.tasks.seq2seq import seq2seq_shapes
+from flaxcompress.train.tasks.seq2seq import Seq2SeqTask
 
 
 class _Data(TextData):
@@ -20,25 +19,17 @@ class _Data(TextData):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpanCorruptionTask(Task):
+class SpanCorruptionTask(Seq2SeqTask):
     """Runs of tokens that were taken out of a text, told by a decoder (see `data.span_corruption_batches`)."""
 
     name: ClassVar[str] = "span_corruption"
-    structure: ClassVar[str] = "seq2seq"
     sentinels: ClassVar[int] = 100  # as T5 has
 
     density: float = 0.15
     mean_span: float = 3.0
-
-    @property
-    def head(self):
-        return "seq2seq_lm"
 
     def data(self, files, training):
         return _Data(self, files, training)
 
     def objective(self, z_loss):
         return NextToken(z_loss=z_loss)
-
-    def shapes(self, rows, length, model):
-        return seq2seq_shapes(rows, length)

@@ -9,9 +9,8 @@ from typing import ClassVar
 from flaxcompress.data.parallel import read_parallel
 from flaxcompress.data.tasks import translation_batches
 from flaxcompress.train.objectives import NextToken
-from flaxcompress.train.tasks.base import Task
 from flaxcompress.train.tasks.data import TaskData
-from flaxcompress.train.tasks.seq2seq import seq2seq_shapes
+from flaxcompress.train.tasks.seq2seq import Seq2SeqTask
 
 
 class _Data(TaskData):
@@ -33,7 +32,7 @@ class _Data(TaskData):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TranslationTask(Task):
+class TranslationTask(Seq2SeqTask):
     """A second text from a first one (see `data.translation_batches`).
 
     Attributes:
@@ -43,19 +42,11 @@ class TranslationTask(Task):
     name: ClassVar[str] = "translation"
     columns: ClassVar[tuple[int, ...]] = (2,)
     targets: ClassVar[str] = "needed"
-    structure: ClassVar[str] = "seq2seq"
 
     label_smoothing: float = 0.1
-
-    @property
-    def head(self):
-        return "seq2seq_lm"
 
     def data(self, files, training):
         return _Data(self, files, training)
 
     def objective(self, z_loss):
         return NextToken(label_smoothing=self.label_smoothing, z_loss=z_loss)
-
-    def shapes(self, rows, length, model):
-        return seq2seq_shapes(rows, length)
