@@ -8,7 +8,16 @@ steps are short, so that batches have little time), and a BERT of MiniLM's size,
 
     python experiments/overheads.py --json experiments/overheads.json
 
-Not measured yet.
+Results, 2026-11-23, 2 CPU cores with nothing else on them, medians of 3 rounds (quartiles in brackets):
+
+    model    a step   waiting for data   held up by saving   a save every      checkpoints cost    making batches costs
+    mini     0.41 s   under 0.001 %      0.07 %              20 s (50 steps)   0.4 % (0.2, 1.0)    0.9 % (0.6, 0.9)
+    minilm   1.46 s   under 0.001 %      0.29 %              29 s (20 steps)   3.5 % (3.4, 5.1)    0.0 % (-1.3, 0.2)
+
+What a checkpoint costs beside being waited for is the cores' time: the step runs on the same two. A run saves every
+1,000 steps by default.
+
+Cost: 20 minutes.
 """
 
 from __future__ import annotations
