@@ -27,23 +27,6 @@ _LADDER = (
 )
 
 
-def parse_target(target: str, size: int) -> int:
-    """Bytes from "8x" (times smaller than `size`) or "10MB" (10⁶ bytes each; also KB, GB).
-
-    Raises ValueError for other spellings, and for a target that is not smaller than the model.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(x|[kmg]?b)\s*", target, re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise ValueError(f"target {target!r}: expected a factor such as 8x or a size such as 10MB")
-    number, unit = float(found[1]), found[2].lower()
-    result = int(size / number) if unit == "x" else int(number * {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}[unit])
-    if result >= size:
-        raise ValueError(
-            f"target {target!r}: {result / 1e6:.2f} MB is not smaller than the model's {size / 1e6:.2f} MB"
-        )
-    return result
-
-
 def steps_for_target(model: Model, target_bytes: int) -> list[Step]:
     """Steps whose result fits `target_bytes`: the finest kernels that leave the table its share, the rest to the table.
 
