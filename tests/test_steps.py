@@ -107,6 +107,11 @@ STEPS = {
     "low_rank-activation": LowRank(pattern=FEED_FORWARD, rank=6),
     "low_rank-none": LowRank(pattern=KERNELS, keep=0.6, whitening="none"),
     "low_rank-fisher": LowRank(pattern=KERNELS, rank=6, whitening="fisher"),
+    "low_rank-asvd": LowRank(pattern=FEED_FORWARD, rank=6, whitening="asvd"),
+    "low_rank-pca": LowRank(pattern=FEED_FORWARD, rank=6, whitening="pca"),
+    "low_rank-two_sided": LowRank(pattern=KERNELS, rank=6, whitening="two_sided"),
+    "low_rank-sequential": LowRank(pattern=FEED_FORWARD, rank=6, sequential=True, sentences=37),
+    "low_rank-energy-ranks": LowRank(pattern=KERNELS, keep=0.6, allocation="energy"),
     "quantize-8": Quantize(),
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
@@ -116,9 +121,10 @@ STEPS = {
         bits=4, overrides=(BitsFor(pattern=FEED_FORWARD, bits=3, group=8), BitsFor(pattern=TOKEN, bits=8))
     ),
 }
-CERTAIN = [name for name in STEPS if "bytes" not in name and "average" not in name]
+CERTAIN = [name for name in STEPS if not any(word in name for word in ("bytes", "average", "ranks"))]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
 SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-2-nearest"}
+SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential"}
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
 )
