@@ -1,5 +1,6 @@
 """Compression: one file per method. A new method is one file and one import here."""
 
+from flaxcompress.compress.allocate import Allocate
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
 from flaxcompress.compress.heal import Heal
@@ -13,6 +14,7 @@ from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
 __all__ = [
+    "Allocate",
     "BitsFor",
     "Calibration",
     "Context",

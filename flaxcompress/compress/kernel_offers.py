@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,11 @@ from jaxtyping import Array, Float
 
 from flaxcompress import linalg
 from flaxcompress.compress.rounding import gptq, round_rows
-from flaxcompress.formats import LowRank, QuantizedSpec, break_even_rank, matmul_flops, nbytes
-from flaxcompress.formats.quantized import Quantized, spread_scale
+from flaxcompress.formats import QuantizedSpec, break_even_rank
+from flaxcompress.formats.quantized import spread_scale
 
-_HALVING = 0.25  # what one bit more leaves of the squared error
+_NAME = 230  # bytes of the file's header that a tensor takes at most: name, shape, place, checksum
+_QUARTER = 0.25  # what one bit more leaves of the squared error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Priced:
     gradients: Float[np.ndarray, "m m"]
     scale: float = 1.0
 
-    def loss(self, change: Float[Array, "n m"]) -> float:
-        """The predicted loss of a changed kernel, W + Δ (K-FAC, Martens & Grosse 2015)."""
+    def loss(self, change: Any) -> float:
+        """The predicted loss of a changed kernel, W + Δ with Δ [n, m] (K-FAC, Martens & Grosse 2015)."""
         return self.scale * float(_quadratic(jnp.asarray(change), self.inputs, self.gradients))
 
 
@@ -97,60 +99,53 @@ def _quadratic(change: Any, inputs: Any, gradients: Any) -> Any:
     return 0.5 * (inner * outer).sum()
 
 
+def ways_of(shape: tuple[int, int], menu: Menu) -> list[Offer]:
+    """Every way of the menu to store a kernel [n, m], without its loss (nan)."""
+    n, m = shape
+    found = []
+    for bits in menu.bits:
+        size = 4 * n * m + _NAME if bits is None else m * menu.spec(bits).row_bytes(n) + 2 * _NAME
+        found.append(Offer("dense" if bits is None else "bits", bits, None, size, 2 * n * m, np.nan))
+    limit = break_even_rank(n, m)
+    for rank in sorted({max(1, round(fraction * limit)) for fraction in menu.ranks}):
+        for bits in menu.factor_bits:
+            if bits is None:
+                size = 4 * rank * (n + m) + 2 * _NAME
+            else:
+                spec = menu.spec(bits)
+                size = rank * spec.row_bytes(n) + m * spec.row_bytes(rank) + 4 * _NAME
+            found.append(Offer("rank", bits, rank, size, 2 * rank * (n + m), np.nan))
+    return found
+
+
 def offers_of(weight: Float[np.ndarray, "n m"], priced: Priced, menu: Menu) -> list[Offer]:
-    """Every way of the menu to store a kernel, priced; no two of equal cost, none that costs more for no less loss.
+    """Every way of the menu to store a kernel, priced.
 
     Whole kernels are rounded by GPTQ, as `Quantize` will; with each bit above 4 the loss falls to a quarter. Low ranks
     are cut in the two-sided metric of `linalg.kronecker_svd`, their factors rounded one after the other.
     """
-    n, m = weight.shape
-    found: list[Offer] = []
     w = jnp.asarray(weight, jnp.float32)
-    losses: dict[int, float] = {}
-    for bits in sorted({min(b, 4) for b in menu.bits if b is not None}):
-        losses[bits] = priced.loss(_rounded(w, menu.spec(bits), priced.inputs) - w)
-    for bits in menu.bits:
-        if bits is None:
-            found.append(Offer("dense", None, None, 4 * n * m, 2 * n * m, 0.0))
-        else:
-            loss = losses[min(bits, 4)] * _HALVING ** max(0, bits - 4)
-            size = quantized_bytes((n, m), menu.spec(bits))
-            found.append(Offer("bits", bits, None, size, 2 * n * m, loss))
-    if menu.ranks:
-        found += _low_ranks(w, priced, menu)
-    return undominated(found)
+    inputs = jnp.asarray(priced.inputs, jnp.float32)
+    ways = ways_of((w.shape[0], w.shape[1]), menu)
+    factors = None
+    if any(way.rank is not None for way in ways):
+        factors = linalg.kronecker_svd(weight, min(w.shape), priced.inputs, priced.gradients)
 
+    @functools.cache
+    def whole(bits: int) -> float:
+        return priced.loss(_rounded(w, menu.spec(bits), inputs) - w)
 
-def _low_ranks(w: Float[Array, "n m"], priced: Priced, menu: Menu) -> list[Offer]:
-    n, m = w.shape
-    limit = break_even_rank(n, m)
-    ranks = sorted({max(1, round(fraction * limit)) for fraction in menu.ranks})
-    factors = linalg.kronecker_svd(np.asarray(w), min(n, m), priced.inputs, priced.gradients)
-    found = []
-    for rank in ranks:
-        left, right = (jnp.asarray(f, jnp.float32) for f in (factors.left[:, :rank], factors.right[:rank]))
-        for bits in menu.factor_bits:
-            if bits is None:
-                node = LowRank(left=left, right=right)
-                change = left @ right - w
-            else:
-                spec = menu.spec(bits)
-                rounded = _rounded(left, spec, priced.inputs)
-                inner = rounded.T @ jnp.asarray(priced.inputs, jnp.float32) @ rounded
-                change = rounded @ _rounded(right, spec, inner) - w
-                node = jax.eval_shape(lambda l=left, r=right, s=spec: LowRank(left=_node(l, s), right=_node(r, s)))
-            found.append(Offer("rank", bits, rank, nbytes(node), matmul_flops(node), priced.loss(change)))
-    return found
+    def loss(way: Offer) -> float:
+        if way.rank is None:
+            return 0.0 if way.bits is None else whole(min(way.bits, 4)) * _QUARTER ** max(0, way.bits - 4)
+        assert factors is not None
+        left, right = (jnp.asarray(f, jnp.float32) for f in (factors.left[:, : way.rank], factors.right[: way.rank]))
+        if way.bits is not None:
+            left = _rounded(left, menu.spec(way.bits), inputs)
+            right = _rounded(right, menu.spec(way.bits), left.T @ inputs @ left)
+        return priced.loss(left @ right - w)
 
-
-def _node(weight: Any, spec: QuantizedSpec) -> Quantized:
-    zeros: Any = lambda key, size, dtype: jnp.zeros(size, dtype)  # noqa: E731
-    return spec.init(jax.random.key(0), weight.shape, zeros, table=False)
-
-
-def quantized_bytes(shape: tuple[int, int], spec: QuantizedSpec) -> int:
-    """Bytes of a kernel [n, m] in a quantized format."""
-    return shape[1] * spec.row_bytes(shape[0])
+    return [dataclasses.replace(way, loss=loss(way)) for way in ways]
 
 
 def _rounded(weight: Float[Array, "n m"], spec: QuantizedSpec, moments: Any) -> Float[Array, "n m"]:
@@ -170,8 +165,3 @@ def undominated(offers: Sequence[Offer], cost: str = "bytes") -> list[Offer]:
             kept.append(offer)
             least = offer.loss
     return kept
-
-
-def by_label(offers: Mapping[str, Sequence[Offer]], value: str) -> dict[str, dict[str, Any]]:
-    """{address: {label: bytes, flops or loss}}, as `choices` wants it."""
-    return {address: {o.label: getattr(o, value) for o in found} for address, found in offers.items()}

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import tree
-from flaxcompress.compress.calibrate import Calibration, dense_model
+from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.statistics import dense_model
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import compute_dtype
 from flaxcompress.model import Model

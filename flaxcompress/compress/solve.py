@@ -14,7 +14,7 @@ from flaxcompress.compress.answers import Answers
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.choices import choose, total_of, within_loss
 from flaxcompress.compress.factorize_embedding import TOKEN, FactorizeEmbedding
-from flaxcompress.compress.kernel_offers import Menu, Offer, Priced, by_label, offers_of, undominated
+from flaxcompress.compress.kernel_offers import Menu, Offer, Priced, offers_of, undominated
 from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.sensitivity import kernel_sensitivities
@@ -23,7 +23,8 @@ from flaxcompress.compress.table_offers import MAX_TIERS, TableCurve, table_curv
 from flaxcompress.compress.target import Target
 from flaxcompress.compress.tiers import token_weights
 from flaxcompress.compress.walk import walked_kernels
-from flaxcompress.formats import LowRankSpec, materialize, nbytes, to_tensors
+from flaxcompress.config import ModelConfig
+from flaxcompress.formats import materialize
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import first_ordinary_token
 
@@ -66,11 +67,13 @@ class Solution:
       chosen: {address: offer}.
       table_bytes: what the token table may take, where it is cut into tiers.
       loss: predicted, in all.
+      unit: what the loss is (see `Answers`).
     """
 
     chosen: Mapping[str, Offer]
     table_bytes: int | None
     loss: float
+    unit: str
 
     def kinds(self) -> dict[str, int]:
         """{kind of action: how many matrices}."""
@@ -78,6 +81,21 @@ class Solution:
         for offer in self.chosen.values():
             found[offer.kind] = found.get(offer.kind, 0) + 1
         return found
+
+    def table(self) -> Any:
+        """A rich table: how many matrices become what, their bytes and their predicted loss."""
+        from rich.table import Table
+
+        table = Table("stored as", "matrices", "MB", f"predicted loss ({self.unit})", title="choices")
+        rows: dict[str, list[Offer]] = {}
+        for offer in self.chosen.values():
+            rows.setdefault("the token table, in tiers" if offer.kind == "table" else offer.label, []).append(offer)
+        for label, offers in sorted(rows.items()):
+            size, loss = sum(o.bytes for o in offers), sum(o.loss for o in offers)
+            table.add_row(label, str(len(offers)), f"{size / 1e6:.2f}", f"{loss:.4f}")
+        table.add_section()
+        table.add_row("all, before healing", str(len(self.chosen)), "", f"{self.loss:.4f}")
+        return table
 
     def to_json(self) -> list[dict[str, Any]]:
         """[{"address", "choice", "kind", "bytes", "loss"}]."""
@@ -92,6 +110,14 @@ class Solution:
 
 def _scaled(offer: Offer, scale: float) -> Offer:
     return offer if scale == 1.0 else dataclasses.replace(offer, loss=offer.loss * scale)
+
+
+def menu_of(actions: tuple[str, ...], target: Target) -> Menu:
+    """What kernels are offered when only some actions are allowed."""
+    if target.kind == "speed":  # rounding saves no operations
+        return Menu(bits=(None,), ranks=(0.1, 0.2, 0.3, 0.45, 0.6, 0.8), factor_bits=(None,))
+    menu = Menu() if "bits" in actions else Menu(bits=(None,), factor_bits=(None,))
+    return menu if "rank" in actions else dataclasses.replace(menu, ranks=())
 
 
 def price(
@@ -110,10 +136,6 @@ def price(
     anchor = menu.spec(_ANCHOR)
     measured = kernel_sensitivities(model, calibration, {_ANCHOR: anchor}, addresses, progress=progress)
     kernels = {}
-    if "bits" not in actions:
-        menu = dataclasses.replace(menu, bits=(None,), factor_bits=(None,))
-    if "rank" not in actions:
-        menu = dataclasses.replace(menu, ranks=())
     for address in addresses:
         weight = np.asarray(materialize(view[address]))
         name = address.removesuffix("/kernel")
@@ -148,7 +170,9 @@ def solve(prices: Prices, target: Target, *, rest: int = 0, flops: int = 0) -> S
     """
     offers = prices.offers()
     cost = "flops" if target.kind == "speed" else "bytes"
-    offers = {address: undominated(found, cost) for address, found in offers.items() if cost == "bytes" or address != TOKEN}
+    offers = {
+        address: undominated(found, cost) for address, found in offers.items() if cost == "bytes" or address != TOKEN
+    }
     losses, costs = by_label_number(offers, "loss"), by_label_number(offers, cost)
     if target.kind == "loss":
         chosen = within_loss(losses, costs, target.value)
@@ -168,7 +192,7 @@ def solve(prices: Prices, target: Target, *, rest: int = 0, flops: int = 0) -> S
             size = min(size, int(prices.table.bytes[-1]))
             loss = prices.table.loss(size) * prices.scales["table"]
             found[TOKEN] = dataclasses.replace(found[TOKEN], bytes=size, loss=loss)
-    return Solution(found, size, sum(o.loss for o in found.values()))
+    return Solution(found, size, sum(o.loss for o in found.values()), prices.unit)
 
 
 def by_label_number(offers: Mapping[str, list[Offer]], value: str) -> dict[str, dict[int, Any]]:
@@ -189,21 +213,28 @@ def unreachable(target: Target, smallest: int, rest: int, flops: int) -> str:
     )
 
 
+def with_small_tables(config: ModelConfig) -> ModelConfig:
+    """The config with the tables of positions and segments in 8 bits, as `steps_of` stores them."""
+    found = [a for a in abstract_flat(config) if re.fullmatch(_OTHERS_IN_8, a)]
+    return Quantize(bits=8, pattern="|".join(found), rounding="mse").plan(config) if found else config
+
+
 def steps_of(solution: Solution, menu: Menu, sentences: int = 768) -> list[Step]:
     """The steps that store a model as a solution says."""
     steps: list[Step] = []
-    if solution.table_bytes is not None:
-        steps.append(FactorizeEmbedding(target_bytes=solution.table_bytes, max_tiers=MAX_TIERS, weighting="fisher"))
     ranks: dict[int, list[str]] = {}
     for address, offer in solution.chosen.items():
         if offer.rank is not None:
             ranks.setdefault(offer.rank, []).append(re.escape(address))
     for rank, patterns in sorted(ranks.items()):
         steps.append(LowRank("|".join(patterns), rank=rank, whitening="two_sided"))
+    if solution.table_bytes is not None:
+        steps.append(FactorizeEmbedding(target_bytes=solution.table_bytes, max_tiers=MAX_TIERS, weighting="fisher"))
     within = {a: o.bits for a, o in solution.chosen.items() if o.bits is not None}
     if within:
         exact = tuple(
-            BitsFor(pattern=re.escape(a), bits=bits, group=None if a == TOKEN else menu.group) for a, bits in within.items()
+            BitsFor(pattern=re.escape(a), bits=bits, group=None if a == TOKEN else menu.group)
+            for a, bits in within.items()
         )
         pattern = "|".join(o.pattern for o in exact)
         steps.append(

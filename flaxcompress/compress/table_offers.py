@@ -41,7 +41,9 @@ class TableCurve:
     def offers(self) -> list[Offer]:
         """Sizes from the smallest to the table in 8 bits."""
         sizes = np.unique(np.geomspace(self.bytes[0], self.bytes[-1], _STEPS).astype(int))
-        found = [Offer("table", None, None, int(size), 0, self.loss(float(size))) for size in sizes if size < self.whole[0]]
+        found = [
+            Offer("table", None, None, int(size), 0, self.loss(float(size))) for size in sizes if size < self.whole[0]
+        ]
         return [*found, Offer("bits", 8, None, self.whole[0], 0, min(self.whole[1], found[-1].loss / 2))]
 
 
@@ -63,19 +65,29 @@ def table_curve(
     """
     vocabulary, width = table.shape
     root, _ = metric_root(metric, width)
+    sizes = layout_sizes(vocabulary, width)
     scale = 0.5 * tokens * float(np.trace(metric)) / width  # `metric_root` makes the mean eigenvalue 1
     coefficients = linalg.row_weighted_svd(table @ root.astype(table.dtype), width, weights).left
-    least = smallest_layout(vocabulary, width, MAX_TIERS)
-    sizes = [least, *(size for bits in _BITS if (size := int(vocabulary * width * bits / 8)) > 1.05 * least)]
     losses = [
         scale * layout_loss(coefficients, weights, choose_layout(coefficients, weights, size, max_tiers=MAX_TIERS))
         for size in sizes
     ]
     energy = float((weights[:, None] * np.square(coefficients, dtype=np.float64)).sum())
-    whole = vocabulary * QuantizedSpec(bits=8).row_bytes(width), scale * energy * GAUSSIAN_LOSS[8]
+    whole = whole_bytes(vocabulary, width), scale * energy * GAUSSIAN_LOSS[8]
     floor = 1e-12 * max(losses)
     falling = np.minimum.accumulate(np.maximum(losses, floor))
     return TableCurve(np.asarray(sizes, np.float64), falling, whole)
+
+
+def layout_sizes(vocabulary: int, width: int) -> list[int]:
+    """Bytes at which a table's layout is searched, from the smallest layout on."""
+    least = smallest_layout(vocabulary, width, MAX_TIERS)
+    return [least, *(size for bits in _BITS if (size := int(vocabulary * width * bits / 8)) > 1.05 * least)]
+
+
+def whole_bytes(vocabulary: int, width: int) -> int:
+    """Bytes of a table in 8 bits."""
+    return vocabulary * QuantizedSpec(bits=8).row_bytes(width)
 
 
 def layout_loss(
