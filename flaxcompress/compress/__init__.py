@@ -7,6 +7,7 @@ from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
+from flaxcompress.compress.share import Share
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
 from flaxcompress.compress.tiers import TierSetting
 from flaxcompress.compress.trim import Trim
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "Quantize",
     "Recipe",
+    "Share",
     "Step",
     "TierSetting",
     "Trim",
