@@ -2,7 +2,9 @@
 
 from flaxcompress.compress import (
     BitsFor,
+    DropLayers,
     FactorizeEmbedding,
+    Fold,
     Heal,
     LowRank,
     Quantize,
@@ -38,7 +40,9 @@ __all__ = [
     "Constraint",
     "Deltas",
     "Distill",
+    "DropLayers",
     "FactorizeEmbedding",
+    "Fold",
     "Generated",
     "Heal",
     "LowRank",

@@ -18,7 +18,9 @@ from flaxcompress.compress import (
     BitsFor,
     Calibration,
     Context,
+    DropLayers,
     FactorizeEmbedding,
+    Fold,
     LowRank,
     Quantize,
     Share,
@@ -118,13 +120,16 @@ STEPS = {
     ),
 }
 STEPS |= {
+    "drop_layers-count": DropLayers(count=1),
+    "drop_layers-first": DropLayers(layers=(0,)),
+    "fold": Fold(),
     "share-stepwise": Share(map="all"),
     "share-weighted-residual": Share(map=(0, 0), initializer="weighted", residual_rank=3),
     "share-mean": Share(map="pairs", parts=("feed_forward",), initializer="mean"),
     "share-random": Share(map="sequence", sets=1, parts=("attention",), initializer="random"),
 }
 # Addresses whose matrices a step gives other values though their shapes stay.
-REWRITTEN = dict.fromkeys((name for name in STEPS if name.startswith("share")), r"layers/\d+/(?!norms).*")
+REWRITTEN = dict.fromkeys((name for name in STEPS if name.startswith(("share", "drop_layers"))), r"layers/\d+/.*")
 CERTAIN = [name for name in STEPS if "bytes" not in name and "average" not in name]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
 SLOW |= {

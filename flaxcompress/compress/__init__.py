@@ -1,7 +1,9 @@
 """Compression: one file per method. A new method is one file and one import here."""
 
 from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.drop_layers import DropLayers
 from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
+from flaxcompress.compress.fold import Fold
 from flaxcompress.compress.heal import Heal
 from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import BitsFor, Quantize
@@ -17,7 +19,9 @@ __all__ = [
     "BitsFor",
     "Calibration",
     "Context",
+    "DropLayers",
     "FactorizeEmbedding",
+    "Fold",
     "Heal",
     "LowRank",
     "Plan",
