@@ -2,12 +2,15 @@
 
 from flaxcompress.compress.allocate import Allocate
 from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.drop_layers import DropLayers
 from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
+from flaxcompress.compress.fold import Fold
 from flaxcompress.compress.heal import Heal
 from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
+from flaxcompress.compress.share import Share
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
 from flaxcompress.compress.tiers import TierSetting
 from flaxcompress.compress.trim import Trim
@@ -18,12 +21,15 @@ __all__ = [
     "BitsFor",
     "Calibration",
     "Context",
+    "DropLayers",
     "FactorizeEmbedding",
+    "Fold",
     "Heal",
     "LowRank",
     "Plan",
     "Quantize",
     "Recipe",
+    "Share",
     "Step",
     "TierSetting",
     "Trim",
