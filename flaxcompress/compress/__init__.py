@@ -3,7 +3,10 @@
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
 from flaxcompress.compress.heal import Heal
+from flaxcompress.compress.joint_query_key import JointQueryKey
+from flaxcompress.compress.joint_value_output import JointValueOutput
 from flaxcompress.compress.low_rank import LowRank
+from flaxcompress.compress.nystrom_feed_forward import NystromFeedForward
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
@@ -18,7 +21,10 @@ __all__ = [
     "Context",
     "FactorizeEmbedding",
     "Heal",
+    "JointQueryKey",
+    "JointValueOutput",
     "LowRank",
+    "NystromFeedForward",
     "Plan",
     "Quantize",
     "Recipe",
