@@ -149,6 +149,52 @@ def kronecker_svd(
     return Factors(factors.left, (factors.right / root) @ vectors.T, factors.spectrum)
 
 
+def cut_between(
+    first: Float[np.ndarray, "d d"], second: Float[np.ndarray, "d d"], rank: int
+) -> tuple[Float[np.ndarray, "d R"], Float[np.ndarray, "R d"], Float[np.ndarray, " d"]]:
+    """down [d, R], up [R, d] and the spectrum: the product (A·down)(up·B) is the nearest one of rank R to A·B.
+
+    A and B enter by their Gram matrices, `first` = AᵀCA and `second` = BDBᵀ, where errors E of the product cost
+    tr EᵀCED: with BDBᵀ = TTᵀ and the leading eigenvectors U of TᵀAᵀCAT, down = TU and up = UᵀT⁻¹. Equal to the truncated
+    SVD of C^½ABD^½, at the price of d×d matrices (MoDeGPT, Lin et al. 2024, theorems 2 and 3). Both may be sums over
+    several A, or B, that share the other one. Eigenvalues of `second` below 1e-6 of their mean are raised to it.
+
+    Raises ValueError for a rank outside 1 … d.
+    """
+    _check_rank(rank, *np.shape(first))
+    values, vectors = np.linalg.eigh(np.asarray(second, np.float64))
+    root = _root(np.maximum(values, 0.0))
+    gram = (vectors * root).T @ np.asarray(first, np.float64) @ (vectors * root)
+    squares, turned = np.linalg.eigh((gram + gram.T) / 2)
+    turned = turned[:, ::-1][:, :rank]
+    down, up = (vectors * root) @ turned, (turned.T / root) @ vectors.T
+    return down, up, np.sqrt(np.maximum(squares[::-1], 0.0))
+
+
+def nystrom_columns(
+    second_moment: Float[np.ndarray, "F F"], count: int, *, ridge: float = 1e-2
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "k F"]]:
+    """Which k of F variables to keep, rising, and the matrix [k, F] that best makes all of them from those.
+
+    Kept are those of largest ridge leverage, the diagonal of C(C + λI)⁻¹ (MoDeGPT, Lin et al. 2024, algorithm 1). The
+    kept variables make themselves, and each other one by the ridge regression (C_SS + λI)⁻¹C_S: on them (a Nyström
+    approximation of C); λ is `ridge` times the mean eigenvalue of C.
+
+    Raises ValueError for a count outside 1 … F.
+    """
+    c = np.asarray(second_moment, np.float64)
+    _check_rank(count, *c.shape)
+    damping = ridge * np.trace(c) / len(c)
+    if not damping > 0:  # nothing is ever active: any of them
+        return np.arange(count), np.eye(len(c))[:count]
+    values, vectors = np.linalg.eigh((c + c.T) / 2)
+    leverage = (vectors**2) @ (np.maximum(values, 0.0) / (np.maximum(values, 0.0) + damping))
+    kept = np.sort(np.argsort(-leverage, kind="stable")[:count])
+    made = np.linalg.solve(c[np.ix_(kept, kept)] + damping * np.eye(count), c[kept])
+    made[:, kept] = np.eye(count)
+    return kept, made
+
+
 def shifted_target(
     weight: Float[np.ndarray, "n m"],
     second_moment: Float[np.ndarray, "n n"],

@@ -175,6 +175,57 @@ def test_input_pca_projects_inputs_and_its_error_is_the_tail(rank):
     assert output_error(w, linalg.output_pca(w, rank, c), c) <= tail + N * M * EPS * total
 
 
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_cut_between_equals_the_truncated_svd_of_the_whitened_product(rank):
+    """A [n, d] and B [d, m] with errors weighed by C on the left and D on the right; the error is the tail."""
+    a, b, c, other = matrix(1, (N, 7)), matrix(2, (7, M)), moment(), gradients()
+    left, right = np.linalg.cholesky(c), np.linalg.cholesky(other)
+    u, s, vt = np.linalg.svd(left.T @ a @ b @ right, full_matrices=False)
+    naive = np.linalg.solve(left.T, u[:, :rank] * s[:rank]) @ np.linalg.solve(right.T, vt[:rank].T).T
+    down, up, spectrum = linalg.cut_between(a.T @ c @ a, b @ other @ b.T, rank)
+    assert down.shape == (7, rank) and up.shape == (rank, 7)
+    got = a @ down @ up @ b
+    condition = np.linalg.cond(left) * np.linalg.cond(right)
+    np.testing.assert_allclose(got, naive, rtol=0, atol=64 * EPS * condition * np.abs(a @ b).max() * math.sqrt(N))
+    e = a @ b - got
+    total = (s**2).sum()
+    error = float(np.einsum("nm,nk,kl,lm->", e, c, e, other))
+    np.testing.assert_allclose(error, (s[rank:] ** 2).sum(), rtol=0, atol=N * M * EPS * total)
+    np.testing.assert_allclose(spectrum, s[:7], rtol=0, atol=ROOT * s[0])
+
+
+def test_cut_between_at_full_width_is_lossless_even_where_nothing_is_read():
+    for second in (np.zeros((7, 7)), moment(7, rank=3)):
+        down, up, _ = linalg.cut_between(moment(7), second, 7)
+        # A root floored at 1e-6 of the mean of 7 eigenvalues: a condition of √(7·1e6).
+        np.testing.assert_allclose(down @ up, np.eye(7), rtol=0, atol=64 * EPS * math.sqrt(7e6))
+
+
+@pytest.mark.parametrize("count", [1, 6, 11, N])
+def test_nystrom_columns_make_the_others_by_ridge_regression(count):
+    """As least squares on the samples themselves: [H_S; √λI]·M = [H; 0] for the variables that are not kept."""
+    rng = np.random.default_rng(3)
+    h = rng.normal(size=(200, 8)) @ rng.normal(size=(8, N)) + 0.05 * rng.normal(size=(200, N)) + 0.3
+    c = h.T @ h / len(h)
+    kept, made = linalg.nystrom_columns(c, count)
+    damping = 1e-2 * np.trace(c) / N
+    leverage = np.diagonal(c @ np.linalg.inv(c + damping * np.eye(N)))
+    assert set(kept) == set(np.argsort(leverage)[::-1][:count]) and list(kept) == sorted(kept)
+    rest = np.setdiff1d(np.arange(N), kept)
+    root = math.sqrt(damping * len(h)) * np.eye(count)
+    system, target = np.vstack([h[:, kept], root]), np.vstack([h[:, rest], np.zeros((count, len(rest)))])
+    naive = np.linalg.lstsq(system, target, rcond=None)[0]
+    np.testing.assert_allclose(made[:, rest], naive, rtol=0, atol=64 * EPS * np.linalg.cond(system) ** 2)
+    np.testing.assert_array_equal(made[:, kept], np.eye(count))
+    if count == 11:  # more than the 8 that vary: nearly nothing is lost
+        assert np.square(h[:, kept] @ made - h).sum() < 0.01 * np.square(h).sum()
+
+
+def test_nystrom_columns_of_what_is_never_active_are_finite():
+    kept, made = linalg.nystrom_columns(np.zeros((N, N)), 4)
+    assert len(kept) == 4 and np.isfinite(made).all()
+
+
 def test_shifted_target_is_ridge_regression_on_the_shifted_inputs():
     """The least-squares problem [X'; √λI]·W* = [XW; √λW], solved naively; its truncation is reduced-rank regression."""
     rng = np.random.default_rng(11)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcompress import tree
+import flaxcompress as fc
+from flaxcompress import linalg, tree
 from flaxcompress.compress import Calibration, Context, LowRank
 from flaxcompress.compress.loss_gradient import loss_gradient
 from flaxcompress.compress.low_rank import compress_matrix
@@ -55,7 +57,7 @@ def statistics() -> Statistics:
 def error(metric: str, judge: str) -> float:
     """The squared error of the rank-5 matrix of a metric, by the measure of another."""
     e = weight() - np.asarray(materialize(compress_matrix(weight(), 5, metric=metric, statistics=statistics())[0]))
-    given = statistics()
+    given: Any = statistics()
     left, right = {
         "none": (np.eye(N), np.eye(M)),
         "fisher": (np.diag(given.fisher.sum(1)), np.eye(M)),
@@ -262,7 +264,8 @@ def text_loss(flat) -> float:
     rows = calibration().rows
     padded = np.asarray([row + [0] * (16 - len(row)) for row in rows])
     mask = np.arange(16) < np.asarray([[len(row)] for row in rows])
-    logits = np.asarray(tiny(causal=True).replace(params=tree.unflatten(flat))(padded, mask).logits, np.float64)
+    moved = Model(params=tree.unflatten(flat), config=tiny(causal=True).config, assets=tiny().assets)
+    logits = np.asarray(moved(padded, mask).logits, np.float64)
     chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return float(np.mean([-chances[b, i, row[i + 1]] for b, row in enumerate(rows) for i in range(len(row) - 1)]))
 
@@ -304,7 +307,8 @@ def test_few_tokens_are_warned_of_with_their_number(caplog):
 def test_weights_that_are_not_finite_are_named(value):
     address = "layers/1/feed_forward/up/kernel"
     flat = tree.flatten(tiny().params)
-    broken = tiny().replace(params=tree.replace(tiny().params, {address: flat[address].at[2, 3].set(value)}))
+    flat[address] = flat[address].at[2, 3].set(value)
+    broken = Model(params=tree.unflatten(flat), config=CONFIG, assets=tiny().assets)
     with pytest.raises(ValueError, match=f"LowRank: {address}: 1 of 512 values are not finite"):
         run(LowRank(KERNELS, rank=4, whitening="none"), broken)
 
@@ -330,3 +334,32 @@ def test_fitting_in_sequence_refuses_what_stands_outside_the_layers():
 
 
 # ── a trained checkpoint ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+def test_of_a_trained_layer_the_error_is_the_tail_and_the_two_forms_agree():
+    """MiniLM's first layer: biased, correlated inputs. float64 on float32 moments, so that C is not quite positive."""
+    model = fc.load("minilm")
+    text = fc.calibration_text()
+    moments = Calibration(text, model.assets, vocabulary=model.config.vocabulary).input_moments(model, sentences=256)
+    flat = tree.View(model.params)
+    for name in ("attention/query", "attention/output", "feed_forward/up"):
+        w, c = (
+            np.asarray(flat[f"layers/0/{name}/kernel"], np.float64),
+            np.asarray(moments[f"layers/0/{name}"], np.float64),
+        )
+        c = (c + c.T) / 2 + 1e-6 * np.trace(c) / len(c) * np.eye(len(c))  # for Cholesky
+        lower = np.linalg.cholesky(c)
+        u, s, vt = np.linalg.svd(lower.T @ w, full_matrices=False)
+        total, eps = float((s**2).sum()), float(np.finfo(np.float64).eps)
+        for rank in (16, 96):
+            got = linalg.output_pca(w, rank, c)
+            e = w - got.left @ got.right
+            error = float(np.einsum("nm,nk,km->", e, c, e, optimize=True))
+            np.testing.assert_allclose(error, (s[rank:] ** 2).sum(), rtol=0, atol=w.size * eps * total)
+            naive = np.linalg.solve(lower.T, u[:, :rank] * s[:rank]) @ vt[:rank]
+            atol = 64 * eps * np.linalg.cond(lower) * np.abs(w).max() * np.sqrt(len(w))
+            np.testing.assert_allclose(got.left @ got.right, naive, rtol=0, atol=atol)
+            fast = linalg.randomized_svd(w, rank, c)
+            e = w - fast.left @ fast.right
+            assert float(np.einsum("nm,nk,km->", e, c, e, optimize=True)) <= 1.01 * error

@@ -6,7 +6,10 @@ from flaxcompress.compress.drop_layers import DropLayers
 from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
 from flaxcompress.compress.fold import Fold
 from flaxcompress.compress.heal import Heal
+from flaxcompress.compress.joint_query_key import JointQueryKey
+from flaxcompress.compress.joint_value_output import JointValueOutput
 from flaxcompress.compress.low_rank import LowRank
+from flaxcompress.compress.nystrom_feed_forward import NystromFeedForward
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
@@ -25,7 +28,10 @@ __all__ = [
     "FactorizeEmbedding",
     "Fold",
     "Heal",
+    "JointQueryKey",
+    "JointValueOutput",
     "LowRank",
+    "NystromFeedForward",
     "Plan",
     "Quantize",
     "Recipe",

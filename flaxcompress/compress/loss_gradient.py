@@ -14,7 +14,7 @@ from flaxcompress.compress.statistics import dense_model
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import compute_dtype
 from flaxcompress.model import Model
-from flaxcompress.nn import Transformer
+from flaxcompress.nn.transformer import run
 from flaxcompress.progress import progress_bar
 
 
@@ -47,8 +47,8 @@ def loss_gradient(
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _batch_gradient(params, ids, mask, config: ModelConfig, dtype):
     def loss(params):
-        out = Transformer(config, dtype).apply({"params": params}, ids, mask)
-        chances = jax.nn.log_softmax(out.logits[:, :-1].astype(jnp.float32))  # pyright: ignore[reportAttributeAccessIssue]
+        logits = run(params, config, dtype, ids, mask).logits
+        chances = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
         found = jnp.take_along_axis(chances, ids[:, 1:, None], -1)[..., 0]
         return -(found * (mask[:, 1:] & mask[:, :-1])).sum()
 

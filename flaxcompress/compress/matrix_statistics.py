@@ -49,7 +49,7 @@ def gather(
     out = {}
     tokens = count_tokens(calibration, sentences)
     for address in kernels:
-        own = {
+        own: dict[str, Any] = {
             need: values.get(address if need == FISHER else address.removesuffix("/kernel"))
             for need, values in found.items()
         }

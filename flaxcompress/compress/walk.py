@@ -199,7 +199,7 @@ def _layer_cross(config: ModelConfig, sets: Sets, params, states, context, name:
     inputs = []
     for weights, x in zip(params, states, strict=True):
         layer = Layer(config, _structure(config, sets))
-        _, recorded = layer.apply(layer_variables(weights), x, context, mutable=[INPUTS])
+        recorded: Any = layer.apply(layer_variables(weights), x, context, mutable=[INPUTS])[1]
         kept = recorded[INPUTS][part][linear]["x"].astype(jnp.float32)
         inputs.append((kept * context.real[..., None]).reshape(-1, kept.shape[-1]))
     return jax.lax.dot(inputs[0].T, inputs[1], precision=jax.lax.Precision.HIGHEST)
