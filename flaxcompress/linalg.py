@@ -99,6 +99,102 @@ def tensor_train(
     return [np.asarray(c).reshape(c.shape[0], n, m, c.shape[-1]) for c, n, m in zip(train, rows, columns, strict=True)]
 
 
+class Metric(NamedTuple):
+    """What an error in some rows costs: ‖S·E‖², with S and its inverse as vectors (diagonal) or matrices."""
+
+    root: np.ndarray
+    inverse: np.ndarray
+
+    def apply(self, rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+        """S·rows."""
+        return self.root[:, None] * rows if self.root.ndim == 1 else self.root @ rows
+
+    def undo(self, rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+        """S⁻¹·rows."""
+        return self.inverse[:, None] * rows if self.inverse.ndim == 1 else self.inverse @ rows
+
+    @classmethod
+    def of_moment(cls, moment: Float[np.ndarray, "n n"], floor: float = 1e-6) -> Metric:
+        """S = C^½ of a second moment of inputs: ‖S·E‖² = E‖xE‖². Eigenvalues are at least `floor` of their mean."""
+        values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
+        roots = np.sqrt(np.maximum(values, floor * values.mean()))
+        return cls((vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T)
+
+    @classmethod
+    def of_weights(cls, weights: Float[np.ndarray, " n"]) -> Metric:
+        """S = diag(√weights): every row's squared error counts by its weight. See `_root` for the smallest."""
+        root = _root(np.asarray(weights, np.float64))
+        return cls(root, 1 / root)
+
+
+def full_cp_rank(modes: Sequence[int]) -> int:
+    """A rank at which the sum of rank-one tensors holds any tensor of these modes: all but the largest, multiplied."""
+    return math.prod(modes) // max(modes)
+
+
+def cp(
+    tensor: Float[np.ndarray, "*modes"], rank: int, *, sweeps: int = 60, tolerance: float = 1e-5, seed: int = 0
+) -> list[np.ndarray]:
+    """Factors [size, R], one per mode, of a sum of R rank-one tensors close to `tensor`, by alternating least squares.
+
+    Kolda & Bader 2009, figure 3.3. From the leading left singular vectors of each unfolding, filled up with normal
+    ones, until a sweep over all modes changes the relative error by less than `tolerance`. What it finds is a local
+    minimum. From `full_cp_rank` on nothing needs to be searched: the largest mode holds the unfolding, the others say
+    which of its columns is meant. The factors of a rank-one tensor all have the same norm.
+    """
+    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorly.cp_tensor import CPTensor
+    from tensorly.decomposition import parafac
+
+    modes, scale = tensor.shape, np.linalg.norm(tensor)
+    if rank >= full_cp_rank(modes):
+        return _exact_cp(tensor, rank)
+    if scale == 0:
+        return [np.zeros((size, rank)) for size in modes]
+    rng, start = np.random.default_rng(seed), []
+    for mode, size in enumerate(modes):
+        unfolded = np.moveaxis(tensor, mode, 0).reshape(size, -1)
+        vectors = np.linalg.eigh(unfolded @ unfolded.T)[1][:, ::-1][:, :rank]
+        more = rng.normal(size=(size, rank - vectors.shape[1])) / math.sqrt(size)
+        start.append(np.concatenate([vectors, more], axis=1))
+    with backend_context("numpy", local_threadsafe=True):
+        # The ridge keeps the normal equations of nearly parallel components solvable; it is far below the tolerance.
+        found = parafac(
+            tensor / scale, rank, n_iter_max=sweeps, init=CPTensor((None, start)), tol=tolerance, l2_reg=1e-9
+        )
+    factors = [np.asarray(factor) for factor in found.factors]
+    norms = [np.maximum(np.linalg.norm(factor, axis=0), 1e-300) for factor in factors]
+    even = (scale * math.prod(norms)) ** (1 / len(factors))
+    return [factor / norm * even for factor, norm in zip(factors, norms, strict=True)]
+
+
+def _exact_cp(tensor: np.ndarray, rank: int) -> list[np.ndarray]:
+    """Component r stands for one choice of digits in all modes but the largest; components beyond are zero."""
+    modes = tensor.shape
+    largest = int(np.argmax(modes))
+    others = [size for mode, size in enumerate(modes) if mode != largest]
+    chosen = np.indices(others).reshape(len(others), -1)
+    factors = [np.eye(size)[:, digit] for size, digit in zip(others, chosen, strict=True)]
+    factors.insert(largest, np.moveaxis(tensor, largest, 0).reshape(modes[largest], -1))
+    return [np.pad(factor, ((0, 0), (0, rank - factor.shape[1]))) for factor in factors]
+
+
+def tucker(
+    tensor: Float[np.ndarray, "*modes"], ranks: Sequence[int], *, sweeps: int = 20, tolerance: float = 1e-5
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The core [r_1, …] and orthonormal factors [size, r] of a Tucker decomposition close to `tensor`.
+
+    By higher-order orthogonal iteration (De Lathauwer et al. 2000) from the leading singular vectors of each unfolding,
+    until a sweep changes the relative error by less than `tolerance`; exact at full ranks.
+    """
+    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorly.decomposition import tucker as decompose
+
+    with backend_context("numpy", local_threadsafe=True):
+        core, factors = decompose(tensor, list(ranks), n_iter_max=sweeps, init="svd", tol=tolerance)
+    return np.asarray(core), [np.asarray(factor) for factor in factors]
+
+
 def _root(weights: np.ndarray) -> np.ndarray:
     """√weights, floored; all ones when every weight is zero: nothing is known of a matrix that no gradient reached."""
     if not np.any(weights):
