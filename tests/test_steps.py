@@ -21,6 +21,7 @@ from flaxcompress.compress import (
     FactorizeEmbedding,
     LowRank,
     Quantize,
+    Tensorize,
     TierSetting,
     Trim,
     known_steps,
@@ -107,6 +108,13 @@ STEPS = {
     "low_rank-activation": LowRank(pattern=FEED_FORWARD, rank=6),
     "low_rank-none": LowRank(pattern=KERNELS, keep=0.6, whitening="none"),
     "low_rank-fisher": LowRank(pattern=KERNELS, rank=6, whitening="fisher"),
+    "tensorize-cp": Tensorize(pattern=FEED_FORWARD, kind="cp", rank=6),
+    "tensorize-tucker": Tensorize(pattern=KERNELS, keep=0.6),
+    "tensorize-train": Tensorize(pattern=KERNELS, kind="tensor_train", keep=0.5),
+    "tensorize-paired": Tensorize(
+        pattern=KERNELS, kind="tensor_train", keep=0.5, whitened=False, input_modes=2, output_modes=2
+    ),
+    "tensorize-cp-cut": Tensorize(pattern=KERNELS, kind="cp", keep=0.6, whitened=False, input_modes=2),
     "quantize-8": Quantize(),
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
@@ -118,7 +126,15 @@ STEPS = {
 }
 CERTAIN = [name for name in STEPS if "bytes" not in name and "average" not in name]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
-SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-2-nearest"}
+SLOW |= {
+    "tensorize-tucker",
+    "tensorize-paired",
+    "tensorize-cp-cut",
+    "embedding-float-tiers",
+    "embedding-bytes",
+    "low_rank-none",
+    "quantize-2-nearest",
+}
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
 )
@@ -289,6 +305,13 @@ def test_whitening_beats_plain_on_outputs():
     assert hidden_error(whitened) < hidden_error(plain)
 
 
+@pytest.mark.parametrize("kind", ["cp", "tucker", "tensor_train"])
+def test_whitened_tensors_beat_plain_ones_on_outputs(kind):
+    whitened, plain = (Tensorize(pattern=FEED_FORWARD, kind=kind, keep=0.4, whitened=w) for w in (True, False))
+    for address in tree.select(tree.flatten(tiny().params), FEED_FORWARD):
+        assert output_error(whitened, address) < output_error(plain, address)
+
+
 def test_gptq_beats_nearest_on_hidden_states():
     errors = {
         r: hidden_error(Quantize(bits=3, group=8, pattern=KERNELS, rounding=r)) for r in ("gptq", "mse", "nearest")
@@ -308,6 +331,9 @@ def test_more_bits_and_more_rank_are_closer():
 def test_full_rank_is_lossless():
     step = LowRank(pattern=KERNELS, rank=24, allow_larger=True, whitening="none")
     assert hidden_error(step) < 1e-9  # of the variance: float32 factors
+    for kind in ("cp", "tucker", "tensor_train"):
+        step = Tensorize(pattern=KERNELS, kind=kind, rank=200, allow_larger=True)
+        assert hidden_error(step) < 1e-9
     table = FactorizeEmbedding(rank=24, allow_larger=True, weighting="none")
     assert token_error(table) < 1e-9 * float((tree.flatten(tiny().params)[TOKEN] ** 2).sum())
 
@@ -489,6 +515,16 @@ WRONG = {
         planned(LowRank, pattern=FEED_FORWARD, rank=14),
         "rank 14 would enlarge a (24×32|32×24) matrix; use rank <= 13.*allow_larger",
     ),
+    "tensorize neither": (planned(Tensorize, pattern=KERNELS), "Tensorize: give either rank or keep"),
+    "tensorize keep": (planned(Tensorize, pattern=KERNELS, keep=2.0), r"keep 2.0 must lie in \(0, 1\]"),
+    "tensorize rank": (planned(Tensorize, pattern=KERNELS, rank=0), "rank 0 must be at least 1"),
+    "tensorize modes": (planned(Tensorize, pattern=KERNELS, rank=3, output_modes=1), "3 in all.*LowRank"),
+    "tensorize whitened": (planned(Tensorize, pattern=KERNELS, rank=3, input_modes=2), "set whitened: false"),
+    "tensorize pattern": (planned(Tensorize, pattern="layer/.*", rank=3), "Tensorize/pattern: 'layer/.*' matches no"),
+    "tensorize larger": (
+        planned(Tensorize, pattern=FEED_FORWARD, kind="cp", rank=30),
+        "a cp of .* values would enlarge a (24×32|32×24) matrix.*allow_larger",
+    ),
     "quantize bits": (planned(Quantize, bits=5), "bits must be one of"),
     "quantize group": (planned(Quantize, group=0), "group must be a positive integer"),
     "quantize average": (planned(Quantize, average_bits=5.0), "average_bits 5.0 lies outside the choices"),
@@ -548,7 +584,14 @@ def test_json_numbers_and_defaults():
 
 
 @pytest.mark.parametrize(
-    "step", [LowRank(pattern=KERNELS, rank=3), FactorizeEmbedding(rank=3), Quantize(bits=4)], ids=lambda s: s.name
+    "step",
+    [
+        LowRank(pattern=KERNELS, rank=3),
+        Tensorize(pattern=KERNELS, rank=3),
+        FactorizeEmbedding(rank=3),
+        Quantize(bits=4),
+    ],
+    ids=lambda s: s.name,
 )
 def test_steps_that_need_text_say_so(step):
     with pytest.raises(ValueError, match=f"{step.name}: needs calibration text; pass calibration="):
@@ -558,6 +601,8 @@ def test_steps_that_need_text_say_so(step):
 def test_whitening_where_nothing_was_recorded_says_so():
     with pytest.raises(ValueError, match="no activations are recorded for pooler/dense/kernel; use whitening: none"):
         LowRank(pattern="pooler/dense/kernel", rank=3)(tiny(), context(), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="no activations are recorded for pooler/dense/kernel; use whitened: false"):
+        Tensorize(pattern="pooler/dense/kernel", rank=3)(tiny(), context(), key=jax.random.key(0))
 
 
 def test_fisher_where_nothing_is_read_says_so_or_stays_finite():

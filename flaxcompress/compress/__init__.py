@@ -8,6 +8,7 @@ from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
+from flaxcompress.compress.tensorize import Tensorize
 from flaxcompress.compress.tiers import TierSetting
 from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
@@ -23,6 +24,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "Step",
+    "Tensorize",
     "TierSetting",
     "Trim",
     "TrimVocabulary",
