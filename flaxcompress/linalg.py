@@ -1,9 +1,9 @@
-"""Low-rank approximation of matrices under a metric; float64 on the host, where these sizes take milliseconds."""
+"""Approximation of matrices and tensors by factors, under a metric; float64 on the host, which these sizes suit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -153,8 +153,7 @@ def cp(
         return [np.zeros((size, rank)) for size in modes]
     rng, start = np.random.default_rng(seed), []
     for mode, size in enumerate(modes):
-        unfolded = np.moveaxis(tensor, mode, 0).reshape(size, -1)
-        vectors = np.linalg.eigh(unfolded @ unfolded.T)[1][:, ::-1][:, :rank]
+        vectors = _leading(_unfold(tensor, mode), rank)
         more = rng.normal(size=(size, rank - vectors.shape[1])) / math.sqrt(size)
         start.append(np.concatenate([vectors, more], axis=1))
     with backend_context("numpy", local_threadsafe=True):
@@ -184,15 +183,43 @@ def tucker(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The core [r_1, …] and orthonormal factors [size, r] of a Tucker decomposition close to `tensor`.
 
-    By higher-order orthogonal iteration (De Lathauwer et al. 2000) from the leading singular vectors of each unfolding,
-    until a sweep changes the relative error by less than `tolerance`; exact at full ranks.
+    By higher-order orthogonal iteration (De Lathauwer et al. 2000b, algorithm 4.2) from the leading singular vectors of
+    each unfolding, until a sweep changes the norm of the core by less than `tolerance` of the tensor's; exact at full
+    ranks. Written out here since tensorly's starts from random vectors that cannot be fixed.
     """
-    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorly.decomposition import tucker as decompose
+    modes = range(tensor.ndim)
+    factors = [_leading(_unfold(tensor, mode), rank) for mode, rank in zip(modes, ranks, strict=True)]
+    before, scale = -1.0, np.linalg.norm(tensor)
+    for _ in range(sweeps):
+        for mode, rank in zip(modes, ranks, strict=True):
+            others = [None if other == mode else factor for other, factor in enumerate(factors)]
+            factors[mode] = _leading(_unfold(_project(tensor, others), mode), rank)
+        held = np.linalg.norm(_project(tensor, factors))
+        if held - before <= tolerance * scale:
+            break
+        before = held
+    return _project(tensor, factors), factors
 
-    with backend_context("numpy", local_threadsafe=True):
-        core, factors = decompose(tensor, list(ranks), n_iter_max=sweeps, init="svd", tol=tolerance)
-    return np.asarray(core), [np.asarray(factor) for factor in factors]
+
+def _unfold(tensor: np.ndarray, mode: int) -> np.ndarray:
+    """[size of the mode, all others]."""
+    return np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def _project(tensor: np.ndarray, factors: Sequence[np.ndarray | None]) -> np.ndarray:
+    """The tensor in the factors' coordinates, [size, r] each; None leaves a mode as it is."""
+    for mode, factor in enumerate(factors):
+        if factor is not None:
+            tensor = np.moveaxis(np.tensordot(factor, tensor, (0, mode)), 0, mode)
+    return tensor
+
+
+def _leading(matrix: Float[np.ndarray, "n m"], rank: int) -> Float[np.ndarray, "n r"]:
+    """Orthonormal leading left singular vectors, at most n of them."""
+    n, m = matrix.shape
+    if n <= m or rank > m:
+        return np.linalg.eigh(matrix @ matrix.T)[1][:, ::-1][:, :rank]
+    return np.linalg.qr(matrix @ np.linalg.eigh(matrix.T @ matrix)[1][:, ::-1][:, :rank])[0]
 
 
 def _root(weights: np.ndarray) -> np.ndarray:
@@ -209,3 +236,12 @@ def rank_for_energy(spectrum: Float[np.ndarray, " k"], energy: float) -> int:
     squares = np.asarray(spectrum, np.float64) ** 2
     held = np.cumsum(squares) / squares.sum()
     return int(np.searchsorted(held, energy - 1e-12) + 1)
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to `limit` that fits, where larger ones fit less; 1 where none does."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -564,7 +564,7 @@ def program_flops(function, *arguments) -> float:
         (cp([6, 8], [8, 8], 200), True, False),
         (tucker([48], [8, 8], [8, 4, 4]), True, True),
         (tucker([48], [8, 8], [40, 8, 8]), True, False),
-        (train([6, 8], [8, 8], [4]), True, True),
+        (train([6, 8], [8, 8], [2]), True, True),
         (train([6, 8], [8, 8], [48]), True, False),
     ],
     ids=lambda value: value["kind"] if isinstance(value, dict) else str(value),

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxcompress import linalg, tree
 from flaxcompress import model as model_file
-from flaxcompress import tree
 from flaxcompress.compress import (
+    AutoencodeEmbedding,
     BitsFor,
     Calibration,
     Context,
@@ -22,11 +23,13 @@ from flaxcompress.compress import (
     LowRank,
     Quantize,
     Tensorize,
+    TensorTrainEmbedding,
     TierSetting,
     Trim,
     known_steps,
     step_from_json,
 )
+from flaxcompress.compress.autoencode_embedding import compress_matrix as train_factors
 from flaxcompress.config import ModelConfig, Sharing
 from flaxcompress.data import CalibrationText
 from flaxcompress.formats import Format, materialize, nbytes, to_tensors
@@ -105,6 +108,9 @@ STEPS = {
     "embedding-float-tiers": FactorizeEmbedding(tiers=(TierSetting(rows=50, rank=12), TierSetting(rank=4))),
     "embedding-bytes": FactorizeEmbedding(target_bytes=2600, max_tiers=2),
     "embedding-average-bits": FactorizeEmbedding(average_bits=6.0, max_tiers=2, weighting="fisher"),
+    "embedding-train": TensorTrainEmbedding(keep=0.4, cores=2),
+    "embedding-train-plain": TensorTrainEmbedding(rank=9, weighting="none"),
+    "embedding-autoencoder": AutoencodeEmbedding(rank=9, steps=20),
     "low_rank-activation": LowRank(pattern=FEED_FORWARD, rank=6),
     "low_rank-none": LowRank(pattern=KERNELS, keep=0.6, whitening="none"),
     "low_rank-fisher": LowRank(pattern=KERNELS, rank=6, whitening="fisher"),
@@ -331,11 +337,15 @@ def test_more_bits_and_more_rank_are_closer():
 def test_full_rank_is_lossless():
     step = LowRank(pattern=KERNELS, rank=24, allow_larger=True, whitening="none")
     assert hidden_error(step) < 1e-9  # of the variance: float32 factors
+    for table in (
+        FactorizeEmbedding(rank=24, allow_larger=True, weighting="none"),
+        TensorTrainEmbedding(rank=200, cores=3, allow_larger=True),
+        AutoencodeEmbedding(rank=24, allow_larger=True, steps=1),
+    ):
+        assert token_error(table) < 1e-9 * float((tree.flatten(tiny().params)[TOKEN] ** 2).sum())
     for kind in ("cp", "tucker", "tensor_train"):
         step = Tensorize(pattern=KERNELS, kind=kind, rank=200, allow_larger=True)
         assert hidden_error(step) < 1e-9
-    table = FactorizeEmbedding(rank=24, allow_larger=True, weighting="none")
-    assert token_error(table) < 1e-9 * float((tree.flatten(tiny().params)[TOKEN] ** 2).sum())
 
 
 def test_frequency_weighting_serves_frequent_tokens():
@@ -344,6 +354,64 @@ def test_frequency_weighting_serves_frequent_tokens():
     counts = calibration().token_counts
     assert token_error(weighted, counts) < token_error(plain, counts)
     assert token_error(plain) < token_error(weighted)
+
+
+def test_a_train_weighs_blocks_of_ids():
+    """Ids are ordered by frequency: the first blocks come out better than without weights, the last ones worse."""
+    plain, weighted = (TensorTrainEmbedding(rank=9, weighting=w, power=1.0) for w in ("none", "frequency"))
+    spec = applied(plain).config.format_rule(TOKEN)
+    first = np.arange(200) < np.prod(spec["rows"][1:])
+    assert token_error(weighted, first) < 0.9 * token_error(plain, first)
+    assert token_error(plain, ~first) < token_error(weighted, ~first)
+
+
+def test_an_autoencoder_of_squares_is_the_svd_and_one_of_cosines_goes_beyond_it():
+    rng = np.random.default_rng(5)
+    lengths = np.exp(rng.normal(size=(300, 1)))  # the SVD serves the long rows
+    table = (lengths * (rng.normal(size=(300, 24)) @ np.diag(np.geomspace(2, 0.2, 24)))).astype(np.float32)
+    weights = rng.exponential(size=300)
+    start = linalg.row_weighted_svd(table, 6, weights)
+    by_squares = train_factors(table, 6, weights, cosine=0.0, steps=60)
+    want, got = start.left @ start.right, np.asarray(materialize(by_squares.node))
+    assert by_squares.after <= by_squares.before
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-2 * np.abs(want).max())  # where Adam's steps end
+    by_cosine = train_factors(table, 6, weights, cosine=1.0, steps=200)
+
+    def missing(approximation):
+        cosines = (table * approximation).sum(1) / np.linalg.norm(table, axis=1) / np.linalg.norm(approximation, axis=1)
+        return float(weights @ (1 - cosines) / weights.sum())
+
+    n_terms = 300  # in the sum over rows, and 24 in each cosine
+    atol = 8 * float(np.finfo(np.float32).eps) * np.sqrt(24 * n_terms)
+    assert abs(by_cosine.before - missing(want)) <= atol
+    assert abs(by_cosine.after - missing(np.asarray(materialize(by_cosine.node)))) <= atol
+    assert by_cosine.after < 0.95 * by_cosine.before
+
+
+def test_the_heads_metric_serves_logits():
+    """E‖h(Ê - E)ᵀ‖² over real hidden states is smaller than in the plain metric, and its moment is that of h."""
+    config = CONFIG.replace(head="masked_lm")
+    rng = np.random.default_rng(2)
+    drawn = {a: jnp.asarray(rng.normal(size=n.shape) * 0.5, jnp.float32) for a, n in abstract_flat(config).items()}
+    drawn["head/norm/scale"] = jnp.asarray(np.geomspace(4, 0.1, 24), jnp.float32)
+    model = Model(params=tree.unflatten(drawn), config=config, assets=tiny().assets)
+    own = Calibration(text(), tiny().assets, vocabulary=200)
+    shared = Context(original=model, calibration=own)
+    ids, mask = inputs()
+    logits = np.asarray(model(ids, mask).logits, np.float64)[mask] - np.asarray(drawn["head/bias"], np.float64)
+    table = np.asarray(drawn[TOKEN], np.float64)
+    h = logits @ np.linalg.pinv(table).T
+    atol = 1e-4 * np.abs(h.T @ h / len(h)).max()  # logits of 24 terms, and a pseudo-inverse of condition below 100
+    np.testing.assert_allclose(own.head_moment(model), h.T @ h / len(h), rtol=0, atol=atol)
+    errors = {}
+    for weighting in ("frequency", "head"):
+        step = FactorizeEmbedding(rank=9, weighting=weighting, prior="uniform", power=0.01)  # rows weigh alike
+        small = step(model, shared, key=jax.random.key(0))
+        e = np.asarray(materialize(tree.flatten(small.params)[TOKEN]), np.float64) - table
+        errors[weighting] = np.square(h @ e.T).sum()
+    assert errors["head"] < 0.8 * errors["frequency"]
+    with pytest.raises(ValueError, match=r"weighting: head needs a head that is tied.*'none'"):
+        FactorizeEmbedding(rank=9, weighting="head").plan(CONFIG)
 
 
 @pytest.mark.parametrize("target", [1800, 2600, pytest.param(5000, marks=pytest.mark.slow)])
@@ -502,6 +570,15 @@ WRONG = {
         planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=5, bits=5), TierSetting(rank=3))),
         "bits must be one of",
     ),
+    "train neither": (planned(TensorTrainEmbedding), "TensorTrainEmbedding: give either rank or keep"),
+    "train keep": (planned(TensorTrainEmbedding, keep=0.0), r"keep 0.0 must lie in \(0, 1\]"),
+    "train rank": (planned(TensorTrainEmbedding, rank=0), "at least rank 1 and 2 cores"),
+    "train cores": (planned(TensorTrainEmbedding, rank=3, cores=1), "at least rank 1 and 2 cores"),
+    "train power": (planned(TensorTrainEmbedding, rank=3, power=3.0), r"power 3.0 must lie in \(0, 2\]"),
+    "train larger": (planned(TensorTrainEmbedding, rank=99), "would enlarge a 200×24 table.*allow_larger"),
+    "autoencoder cosine": (planned(AutoencodeEmbedding, rank=3, cosine=1.5), r"cosine 1.5 must lie in \[0, 1\]"),
+    "autoencoder steps": (planned(AutoencodeEmbedding, rank=3, steps=0), "0 steps at rate"),
+    "autoencoder rank": (planned(AutoencodeEmbedding, rank=22), "would enlarge a 200×24 matrix; use rank <= 21"),
     "low_rank pattern": (
         planned(LowRank, pattern="layers/0/feed_forward/upp/kernel", rank=3),
         "matches no parameter.*did you mean 'layers/0/feed_forward/up/kernel'",

@@ -1,5 +1,6 @@
 """Compression: one file per method. A new method is one file and one import here."""
 
+from flaxcompress.compress.autoencode_embedding import AutoencodeEmbedding
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
 from flaxcompress.compress.heal import Heal
@@ -8,12 +9,14 @@ from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
+from flaxcompress.compress.tensor_train_embedding import TensorTrainEmbedding
 from flaxcompress.compress.tensorize import Tensorize
 from flaxcompress.compress.tiers import TierSetting
 from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
 __all__ = [
+    "AutoencodeEmbedding",
     "BitsFor",
     "Calibration",
     "Context",
@@ -24,6 +27,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "Step",
+    "TensorTrainEmbedding",
     "Tensorize",
     "TierSetting",
     "Trim",

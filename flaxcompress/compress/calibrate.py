@@ -88,6 +88,13 @@ class Calibration:
         """
         return self._cached(f"token gradients {sentences}", model, lambda: _token_gradients(model, self, sentences))
 
+    def head_moment(self, model: Model, *, sentences: int = 768) -> Float[np.ndarray, "E E"]:
+        """C = E[hᵀh] of the vectors that a head tied to the token table multiplies by it, logits = h @ tableᵀ.
+
+        An error e in a token's row then costs e·C·eᵀ in its logit, squared.
+        """
+        return self._cached(f"head {sentences}", model, lambda: _head_moment(model, self, sentences))
+
     def _cached(self, name: str, model: Model, compute):
         held = self._statistics.get(name)
         if held is None or held[0] is not model.params:  # another model: its inputs differ, so measure again
@@ -236,5 +243,28 @@ def _token_gradients(model: Model, calibration: Calibration, sentences: int) -> 
     for number, (ids, mask) in enumerate(calibration.batches(sentences, size=8, pad=model.config.pad_token)):
         key = jax.random.fold_in(jax.random.key(0), number)
         found = _batch_token_gradients(model.params, ids, mask, key, model.config, compute_dtype(), pooling)
+        total, tokens = total + np.asarray(found, np.float64), tokens + int(mask.sum())
+    return np.asarray(total / tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _batch_head(params, ids, mask, config: ModelConfig, dtype):
+    """Logits of the same model with the identity for a table: what its head multiplies by the table."""
+    vectors = take(params["embedding"]["token"], ids)
+    width = config.table_width
+    head = {n: jnp.zeros(width) if n == "bias" else part for n, part in params.get("head", {}).items()}
+    embedding = {**params["embedding"], "token": jnp.eye(width)}
+    params = {**params, "embedding": embedding, **({"head": head} if head else {})}
+    out = Transformer(config.replace(vocabulary=width), dtype).apply({"params": params}, ids, mask, vectors=vectors)
+    logits = out.logits  # pyright: ignore[reportAttributeAccessIssue]
+    h = logits.masked_lm if config.head == "pretraining" else logits
+    h = (h * mask[..., None]).reshape(-1, width)
+    return jax.lax.dot(h.T, h, precision=jax.lax.Precision.HIGHEST)
+
+
+def _head_moment(model: Model, calibration: Calibration, sentences: int) -> np.ndarray:
+    total, tokens = 0.0, 0
+    for ids, mask in calibration.batches(sentences, pad=model.config.pad_token):
+        found = _batch_head(model.params, ids, mask, model.config, compute_dtype())
         total, tokens = total + np.asarray(found, np.float64), tokens + int(mask.sum())
     return np.asarray(total / tokens)

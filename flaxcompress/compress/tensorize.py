@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -52,27 +52,21 @@ def spec_within(kind: Kind, rows: tuple[int, ...], columns: tuple[int, ...], val
     Tucker's ranks shrink in proportion, each mode's from its full rank.
     """
     if kind == "tucker":
-        full = TuckerSpec(rows=rows, columns=columns, ranks=max(rows + columns)).full_ranks()  # pyright: ignore[reportArgumentType]
+        whole = TuckerSpec(rows=rows, columns=columns, ranks=max(rows + columns))  # pyright: ignore[reportArgumentType]
+        full = whole.full_ranks()
         steps = max(full)
 
         def make(step: int) -> DecomposedSpec:
-            return TuckerSpec(rows=rows, columns=columns, ranks=tuple(max(1, f * step // steps) for f in full))
+            return TuckerSpec(
+                rows=rows, columns=columns, ranks=whole.useful(tuple(max(1, f * step // steps) for f in full))
+            )
     else:
         steps = linalg.full_cp_rank(rows + columns) if kind == "cp" else max(rows) * max(columns) * max(rows + columns)
 
         def make(step: int) -> DecomposedSpec:
             return spec_of_rank(kind, rows, columns, step)
 
-    return make(_largest(lambda step: make(step).values() <= values, steps))
-
-
-def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 1 to `limit` that fits, where larger ones fit less; 1 where none does."""
-    low, high = 1, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return make(linalg.largest(lambda step: make(step).values() <= values, steps))
 
 
 @register_step

@@ -145,7 +145,7 @@ def profile(model: Model, *, length: int = 128) -> Profile:
         elif part.endswith("attention") and (decoder := config.decoder) is not None:
             kind = attention_kind(decoder) if part == "decoder attention" else CrossAttention
             flops += decoder.layers * kind.core_flops(decoder, length)
-        if part == "head" and _tied_output(config):
+        if part == "head" and has_tied_output(config):
             flops += matmul_flops(nodes["embedding/token"])
         rows.append(
             PartCost(
@@ -156,7 +156,7 @@ def profile(model: Model, *, length: int = 128) -> Profile:
                 format=_formats(members[part]),
             )
         )
-    if "head" not in members and _tied_output(config):  # a head without weights of its own
+    if "head" not in members and has_tied_output(config):  # a head without weights of its own
         flops = float(matmul_flops(nodes["embedding/token"]))
         rows.append(PartCost(part="head", weights=0, bytes=0, flops_per_token=flops, format="the token table"))
     return Profile(
@@ -178,8 +178,8 @@ def cache_bytes(config: ModelConfig) -> int:
     return nbytes(two) - nbytes(one)
 
 
-def _tied_output(config: ModelConfig) -> bool:
-    """Whether logits are x @ tableᵀ."""
+def has_tied_output(config: ModelConfig) -> bool:
+    """Whether logits are x @ tableᵀ, the token table's."""
     return config.head in ("masked_lm", "pretraining") or (config.head in GENERATING and config.tied)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from flaxcompress.formats.base import register
@@ -128,7 +129,7 @@ def _by_modes(x, factors, step: str):
 class TuckerSpec(DecomposedSpec):
     """Factors of the rows (their product at least n) and columns (exactly m), a rank for each mode, and the dtype.
 
-    One number as `ranks` stands for all modes, cut where a mode is smaller.
+    One number as `ranks` stands for all modes, cut where a lower one is as good (see `useful`).
     """
 
     kind: ClassVar[str] = "tucker"
@@ -138,7 +139,7 @@ class TuckerSpec(DecomposedSpec):
     def __post_init__(self):
         super().__post_init__()
         full, ranks = self.full_ranks(), self.ranks
-        ranks = tuple(min(ranks, f) for f in full) if isinstance(ranks, int) else tuple(ranks)
+        ranks = self.useful((ranks,) * len(full)) if isinstance(ranks, int) else tuple(ranks)
         object.__setattr__(self, "ranks", ranks)
         if len(ranks) != len(full) or not all(
             isinstance(r, int) and 1 <= r <= f for r, f in zip(ranks, full, strict=True)
@@ -151,6 +152,13 @@ class TuckerSpec(DecomposedSpec):
         """The ranks at which any tensor of these modes is held exactly."""
         whole = math.prod(self.modes)
         return tuple(min(size, whole // size) for size in self.modes)
+
+    def useful(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        """The ranks, none above the size of its mode, nor above the product of the others: more would hold nothing."""
+        found = [min(rank, full) for rank, full in zip(ranks, self.full_ranks(), strict=True)]
+        for mode in np.argsort(found, kind="stable"):  # the largest last: cutting it leaves the others as they are
+            found[mode] = min(found[mode], math.prod(found) // found[mode])
+        return tuple(found)
 
     def shapes(self):
         return [self.ranks, *zip(self.modes, self.ranks, strict=True)]
