@@ -146,13 +146,13 @@ def cp(
     from tensorly.cp_tensor import CPTensor
     from tensorly.decomposition import parafac
 
-    modes, scale = tensor.shape, np.linalg.norm(tensor)
-    if rank >= full_cp_rank(modes):
+    if rank >= full_cp_rank(tensor.shape):
         return _exact_cp(tensor, rank)
-    if scale == 0:
-        return [np.zeros((size, rank)) for size in modes]
+    if (scale := np.linalg.norm(tensor)) == 0:
+        return [np.zeros((size, rank)) for size in tensor.shape]
+    tensor, basis = _squeeze(tensor)
     rng, start = np.random.default_rng(seed), []
-    for mode, size in enumerate(modes):
+    for mode, size in enumerate(tensor.shape):
         vectors = _leading(_unfold(tensor, mode), rank)
         more = rng.normal(size=(size, rank - vectors.shape[1])) / math.sqrt(size)
         start.append(np.concatenate([vectors, more], axis=1))
@@ -161,7 +161,7 @@ def cp(
         found = parafac(
             tensor / scale, rank, n_iter_max=sweeps, init=CPTensor((None, start)), tol=tolerance, l2_reg=1e-9
         )
-    factors = [np.asarray(factor) for factor in found.factors]
+    factors = [q @ np.asarray(factor) for q, factor in zip(basis, found.factors, strict=True)]
     norms = [np.maximum(np.linalg.norm(factor, axis=0), 1e-300) for factor in factors]
     even = (scale * math.prod(norms)) ** (1 / len(factors))
     return [factor / norm * even for factor, norm in zip(factors, norms, strict=True)]
@@ -185,8 +185,9 @@ def tucker(
 
     By higher-order orthogonal iteration (De Lathauwer et al. 2000b, algorithm 4.2) from the leading singular vectors of
     each unfolding, until a sweep changes the norm of the core by less than `tolerance` of the tensor's; exact at full
-    ranks. Written out here since tensorly's starts from random vectors that cannot be fixed.
+    ranks. Written out here since tensorly's fills a rank above what the others allow with random vectors.
     """
+    tensor, basis = _squeeze(tensor)
     modes = range(tensor.ndim)
     factors = [_leading(_unfold(tensor, mode), rank) for mode, rank in zip(modes, ranks, strict=True)]
     before, scale = -1.0, np.linalg.norm(tensor)
@@ -198,7 +199,22 @@ def tucker(
         if held - before <= tolerance * scale:
             break
         before = held
-    return _project(tensor, factors), factors
+    return _project(tensor, factors), [q @ factor for q, factor in zip(basis, factors, strict=True)]
+
+
+def _squeeze(tensor: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The tensor in an orthonormal basis [size, r] of each mode, r what the others' sizes allow: nothing is lost.
+
+    Decompositions of the squeezed tensor are those of the tensor (Bro & Andersson 1998): a table of many rows and few
+    columns needs no work over its rows but this.
+    """
+    basis = [np.eye(size) for size in tensor.shape]
+    mode = int(np.argmax(tensor.shape))
+    if tensor.shape[mode] > tensor.size // tensor.shape[mode]:
+        basis[mode], small = np.linalg.qr(_unfold(tensor, mode))
+        rest = [size for other, size in enumerate(tensor.shape) if other != mode]
+        tensor = np.moveaxis(small.reshape(len(small), *rest), 0, mode)
+    return tensor, basis
 
 
 def _unfold(tensor: np.ndarray, mode: int) -> np.ndarray:
