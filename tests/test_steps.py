@@ -22,6 +22,7 @@ from flaxcompress.compress import (
     FactorizeEmbedding,
     LowRank,
     Quantize,
+    SeparableConvolutions,
     Tensorize,
     TensorTrainEmbedding,
     TierSetting,
@@ -121,6 +122,7 @@ STEPS = {
         pattern=KERNELS, kind="tensor_train", keep=0.5, whitened=False, input_modes=2, output_modes=2
     ),
     "tensorize-cp-cut": Tensorize(pattern=KERNELS, kind="cp", keep=0.6, whitened=False, input_modes=2),
+    "separable": SeparableConvolutions(projection_kernel=3, feed_forward_kernel=5),
     "quantize-8": Quantize(),
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
@@ -176,13 +178,15 @@ def test_nothing_is_changed_in_place_and_untouched_matrices_stay(name):
     old, new = tree.flatten(tiny().params), tree.flatten(result.params)
     planned = abstract_flat(STEPS[name].plan(tiny().config))
     for address, node in new.items():
-        if tree.signature(planned[address]) == tree.signature(old[address]):
+        if address in old and tree.signature(planned[address]) == tree.signature(old[address]):
             np.testing.assert_array_equal(node, old[address], err_msg=address)
 
 
 @EVERY
 def test_result_is_smaller(name):
-    assert applied(STEPS[name]).nbytes < tiny().nbytes
+    """But for what only makes more of a model trainable."""
+    bytes_of = applied(STEPS[name]).nbytes
+    assert bytes_of > tiny().nbytes if name == "separable" else bytes_of < tiny().nbytes
 
 
 @EVERY
@@ -414,6 +418,56 @@ def test_the_heads_metric_serves_logits():
         FactorizeEmbedding(rank=9, weighting="head").plan(CONFIG)
 
 
+STRUCTURES = {
+    "encoder": {"head": "masked_lm"},
+    "causal": {"causal": True, "head": "causal_lm", "gated": True, "key_value_heads": 1, "segments": 0},
+    "decoder": {"segments": 0, "pooler": False},
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_separable_convolutions_begin_as_what_was_there(name):
+    """At the token itself, causal or centred; the taps are used: moved, they change the output."""
+    config = CONFIG.replace(**STRUCTURES[name])
+    if name == "decoder":
+        sharing = Sharing(attention=(0, 1), feed_forward=(0, 1), norms=(0, 1), cross_attention=(0, 1))
+        inner = config.replace(vocabulary=0, causal=True, sharing=sharing)
+        config = config.replace(decoder=inner, head="seq2seq_lm")
+    model = Model.init(config, key=jax.random.key(1, impl="rbg"))
+    ids = np.random.default_rng(0).integers(5, 200, (2, 9))
+    given = {"decoder_input_ids": ids[:, ::-1]} if name == "decoder" else {}
+    step = SeparableConvolutions(projection_kernel=3, feed_forward_kernel=3)
+    changed = step(model, Context(original=model), key=jax.random.key(0))
+    want, got = model(ids, **given).logits, changed(ids, **given).logits
+    atol = 8 * float(np.finfo(np.float32).eps) * np.sqrt(32) * np.abs(want).max()  # the longest sum, over F
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+    moved = tree.update(changed.params, lambda a, node: node + 0.5 if a.endswith("/taps") else node)
+    other = changed.replace(params=moved)(ids, **given).logits  # pyright: ignore[reportAttributeAccessIssue]
+    assert np.abs(other - want).max() > 1e3 * atol
+
+
+def test_no_taps_make_up_for_a_lower_rank():
+    """Alternating least squares over taps and a pointwise map of rank R ends at or above what the rank alone leaves."""
+    rng = np.random.default_rng(4)
+    count, n, rank = 400, 6, 2
+    x = np.cumsum(rng.normal(size=(count + 2, n)) @ rng.normal(size=(n, n)), axis=0)  # neighbours are alike
+    x -= x.mean(0)
+    shifted = np.stack([x[i : i + count] for i in range(3)])  # before, at and after the token
+    y = shifted[1] @ rng.normal(size=(n, 5))
+    tail = np.square(np.linalg.svd(y, compute_uv=False)[rank:]).sum()
+    for start in range(3):
+        taps, losses = rng.normal(size=(3, n)) + (np.arange(3) == start)[:, None], []
+        for _ in range(30):
+            z = np.einsum("itd,id->td", shifted, taps)
+            best = z @ np.linalg.lstsq(z, y, rcond=None)[0]
+            right = np.linalg.svd(best, full_matrices=False)[2][:rank]
+            pointwise = np.linalg.lstsq(z, y @ right.T, rcond=None)[0] @ right
+            losses.append(np.square(z @ pointwise - y).sum())
+            features = np.einsum("itd,dm->tmid", shifted, pointwise).reshape(count * 5, -1)
+            taps = np.linalg.lstsq(features, y.reshape(-1), rcond=None)[0].reshape(3, n)
+        assert min(losses) >= tail * (1 - 1e-9) and losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("target", [1800, 2600, pytest.param(5000, marks=pytest.mark.slow)])
 def test_target_bytes_are_kept(target):
     step = FactorizeEmbedding(target_bytes=target, max_tiers=2)
@@ -579,6 +633,12 @@ WRONG = {
     "autoencoder cosine": (planned(AutoencodeEmbedding, rank=3, cosine=1.5), r"cosine 1.5 must lie in \[0, 1\]"),
     "autoencoder steps": (planned(AutoencodeEmbedding, rank=3, steps=0), "0 steps at rate"),
     "autoencoder rank": (planned(AutoencodeEmbedding, rank=22), "would enlarge a 200×24 matrix; use rank <= 21"),
+    "separable neither": (planned(SeparableConvolutions), "give projection_kernel, feed_forward_kernel or both"),
+    "separable even": (planned(SeparableConvolutions, projection_kernel=4), "above 1 and, unless causal, odd; got 4"),
+    "separable twice": (
+        lambda: SeparableConvolutions(feed_forward_kernel=3).plan(CONFIG.replace(feed_forward_kernel=5)),
+        "convolutions of feed_forward_kernel 5 already",
+    ),
     "low_rank pattern": (
         planned(LowRank, pattern="layers/0/feed_forward/upp/kernel", rank=3),
         "matches no parameter.*did you mean 'layers/0/feed_forward/up/kernel'",

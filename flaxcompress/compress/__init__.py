@@ -8,6 +8,7 @@ from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
+from flaxcompress.compress.separable_convolutions import SeparableConvolutions
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
 from flaxcompress.compress.tensor_train_embedding import TensorTrainEmbedding
 from flaxcompress.compress.tensorize import Tensorize
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "Quantize",
     "Recipe",
+    "SeparableConvolutions",
     "Step",
     "TensorTrainEmbedding",
     "Tensorize",
