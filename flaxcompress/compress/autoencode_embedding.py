@@ -72,14 +72,15 @@ def compress_matrix(
     factors = (jnp.asarray(start.left, jnp.float32), jnp.asarray(start.right, jnp.float32))
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
-    def loss(factors):
-        return reconstruction_loss(*factors, scaled, w, cosine)
+    # The table is an argument, not a constant that the program would hold.
+    def loss(factors, table, weights):
+        return reconstruction_loss(*factors, table, weights, cosine)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def run(factors, state, count):
+    @functools.partial(jax.jit, static_argnums=4)
+    def run(factors, state, table, weights, count):
         def step(carry, _):
             factors, state = carry
-            value, gradient = jax.value_and_grad(loss)(factors)
+            value, gradient = jax.value_and_grad(loss)(factors, table, weights)
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(factors, updates), state), value
 
@@ -90,11 +91,11 @@ def compress_matrix(
     with progress_bar("autoencoder", steps, show=progress) as advance:
         for done in range(0, steps, _STEPS_AT_ONCE):
             count = min(_STEPS_AT_ONCE, steps - done)
-            trained, state, value = run(trained, state, count)
+            trained, state, value = run(trained, state, scaled, w, count)
             advance(count, note=f"loss {float(value):.5f}")
     basis = np.linalg.qr(np.asarray(trained[1], np.float64).T)[0].T
     trained = (jnp.asarray(np.asarray(scaled) @ basis.T, jnp.float32), jnp.asarray(basis, jnp.float32))
-    before, after = (float(jax.jit(loss)(f)) for f in (factors, trained))
+    before, after = (float(jax.jit(loss)(f, scaled, w)) for f in (factors, trained))
     if after > before:  # diverged
         trained, after = factors, before
     return Trained(LowRank(left=trained[0] * size, right=trained[1]), before, after)
