@@ -158,7 +158,7 @@ def run(names: list[str]) -> None:
             assert nbytes(node) <= table.nbytes / factor
             dense = np.asarray(materialize(node))  # so that all models share one program
             params = tree.replace(original.params, {TOKEN: dense})
-            model = original.replace(params=params)
+            model = fc.Model(params=params, config=original.config, assets=original.assets)
             error = weights @ np.square(dense - table).sum(1) / (weights @ np.square(table).sum(1))
             found = fc.evaluate(model, "sts", data=data("stsb/dev.tsv.gz"))
             results[f"{name}, {factor}x"] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -156,11 +156,10 @@ def cp(
         vectors = _leading(_unfold(tensor, mode), rank)
         more = rng.normal(size=(size, rank - vectors.shape[1])) / math.sqrt(size)
         start.append(np.concatenate([vectors, more], axis=1))
+    # The ridge keeps the normal equations of nearly parallel components solvable; it is far below the tolerance.
+    settings: dict[str, Any] = {"init": CPTensor((None, start)), "n_iter_max": sweeps, "tol": tolerance, "l2_reg": 1e-9}
     with backend_context("numpy", local_threadsafe=True):
-        # The ridge keeps the normal equations of nearly parallel components solvable; it is far below the tolerance.
-        found = parafac(
-            tensor / scale, rank, n_iter_max=sweeps, init=CPTensor((None, start)), tol=tolerance, l2_reg=1e-9
-        )
+        found = parafac(tensor / scale, rank, **settings)
     factors = [q @ np.asarray(factor) for q, factor in zip(basis, found.factors, strict=True)]
     norms = [np.maximum(np.linalg.norm(factor, axis=0), 1e-300) for factor in factors]
     even = (scale * math.prod(norms)) ** (1 / len(factors))

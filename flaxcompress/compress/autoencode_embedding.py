@@ -74,7 +74,8 @@ def compress_matrix(
 
     # The table is an argument, not a constant that the program would hold.
     def loss(factors, table, weights):
-        return reconstruction_loss(*factors, table, weights, cosine)
+        left, right = factors
+        return reconstruction_loss(left, right, table, weights, cosine)
 
     @functools.partial(jax.jit, static_argnums=4)
     def run(factors, state, table, weights, count):

@@ -206,7 +206,7 @@ class Decomposed(nn.Module):
     """A matrix as factors of a tensor, rows and columns in mixed radix, rows padded up to Π n_k.
 
     Multiplied by through the factors where that takes fewer operations, and otherwise through the matrix, multiplied
-    back. A subclass defines `through(x, transposed)`, `matrix()`, `take(ids)` and the counts `chain` and `build`.
+    back.
     """
 
     def __init__(self, spec, shape):
@@ -216,6 +216,22 @@ class Decomposed(nn.Module):
     def empty(self, *shape):
         """A stored array."""
         return nn.Parameter(torch.zeros(shape, dtype=stored(self.dtype)))
+
+    def through(self, x, transposed):
+        """x @ W, or x @ Wᵀ, through the factors; x with zeros for the rows that pad W."""
+        raise NotImplementedError(f"{type(self).__name__}.through")
+
+    def matrix(self):
+        """W, [n, m], in float32."""
+        raise NotImplementedError(f"{type(self).__name__}.matrix")
+
+    def chain(self, transposed):
+        """Operations of `through` per row of x."""
+        raise NotImplementedError(f"{type(self).__name__}.chain")
+
+    def build(self):
+        """Operations of `matrix`."""
+        raise NotImplementedError(f"{type(self).__name__}.build")
 
     def multiply(self, x, transposed):
         """x @ W, or x @ Wᵀ."""
@@ -351,8 +367,9 @@ class CP(Modes):
         return self.spread(rows[: self.shape[0]], True)
 
     def take(self, ids):
-        chosen = [factor.float()[digit] for factor, digit in zip(self.half(False), self.digits(ids), strict=True)]
-        y = math.prod(chosen[1:], start=chosen[0])
+        y = torch.ones(*ids.shape, self.rank, device=ids.device)
+        for factor, digit in zip(self.half(False), self.digits(ids), strict=True):
+            y = y * factor.float()[digit]
         return self.spread(y.flatten(0, -2), True).reshape(*ids.shape, -1)
 
 
