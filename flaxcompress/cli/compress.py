@@ -43,6 +43,12 @@ class Compress(Verb):
     heal_steps: Annotated[
         int | None, arg(metavar="N", help="steps of healing, 0 for none", help_behavior_hint="(default: the recipe's)")
     ] = None
+    statistics: Annotated[
+        Path | None, arg(metavar="DIR", help="keeps statistics there, for other recipes on this model and text")
+    ] = None
+    mesh: Annotated[
+        str | None, arg(metavar="AXES", help="spreads statistics and healing over devices, such as data=4")
+    ] = None
     dry_run: Annotated[bool, arg(help="shows the plan and its sizes, and writes nothing")] = False
     overwrite: Overwrite = False
     seed: Annotated[int, arg(metavar="N", help="of everything random")] = 0
@@ -56,7 +62,9 @@ class Compress(Verb):
         from flaxcompress.compress.recipe import Recipe
         from flaxcompress.compress.run import compress
         from flaxcompress.folder import load, save
+        from flaxcompress.train.mesh import make_mesh, parse_mesh
 
+        mesh = None if self.mesh is None else make_mesh(**parse_mesh(self.mesh))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"compress: --seed must lie in 0 … {2**32 - 1}, got {self.seed}")
         out = absolute(self.out)
@@ -77,6 +85,8 @@ class Compress(Verb):
             calibration=None if self.data is None else list(self.data),
             key=jax.random.key(self.seed),
             work=work,
+            statistics=self.statistics,
+            mesh=mesh,
             progress=True,
         )
         check = PyTorchCheck(small, out)

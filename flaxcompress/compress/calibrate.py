@@ -1,28 +1,25 @@
-"""Statistics of a model on calibration text, gathered under jit in one pass and kept until the model changes."""
+"""Calibration text as tokens, and a model's statistics on it: each gathered once, under jit, and kept."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from flaxcompress import tree
+from flaxcompress.compress import statistics
+from flaxcompress.compress.kept import KeptStatistics
+from flaxcompress.compress.statistics import Batch
 from flaxcompress.compress.tiers import token_weights
-from flaxcompress.config import ModelConfig
 from flaxcompress.data import CalibrationText
-from flaxcompress.encoding import compute_dtype, pool, sentence_vectors
-from flaxcompress.formats import dense, take
 from flaxcompress.model import Model
-from flaxcompress.nn import Transformer
-from flaxcompress.progress import progress_bar
-from flaxcompress.text import Assets, Pooling, first_ordinary_token, pad_ids
+from flaxcompress.nn.logical import BATCH
+from flaxcompress.text import Assets, first_ordinary_token, pad_ids
 
-Batch = tuple[np.ndarray, np.ndarray]  # ids [B, T] int32, mask [B, T] bool
 _LENGTHS = (32, 64, 128, 256, 512)
 
 
@@ -38,20 +35,37 @@ class Calibration:
       scrambled: the share of sentences whose tokens, but for the first and the last, are exchanged for others drawn
         from the whole vocabulary, by the weights that its table is approximated with. Text of one domain uses few of
         the words that the model will meet, and any input shows how the original answers.
+      folder: where statistics are kept for later runs on the same model and text; None: only in memory.
+      mesh: devices over whose data axes each batch is cut; the sums over them are the compiler's.
     """
 
     def __init__(
-        self, text: CalibrationText, assets: Assets, *, vocabulary: int, max_length: int = 64, scrambled: float = 0.0
+        self,
+        text: CalibrationText,
+        assets: Assets,
+        *,
+        vocabulary: int,
+        max_length: int = 64,
+        scrambled: float = 0.0,
+        folder: str | Path | None = None,
+        mesh: Mesh | None = None,
     ):
         self.text = text
         self.vocabulary = vocabulary
-        self._settings = {"max_length": max_length, "scrambled": scrambled}
+        self._settings: dict[str, Any] = {
+            "max_length": max_length,
+            "scrambled": scrambled,
+            "folder": folder,
+            "mesh": mesh,
+        }
         limit = min(max_length, assets.max_length)
         self.rows = [cut(row, limit) for row in assets.tokenize(text.train).ids]
         flat = np.concatenate([np.asarray(row, np.int64) for row in self.rows])
         self.token_counts = np.bincount(flat, minlength=vocabulary).astype(np.float64)
         if scrambled:
             self.rows = _scrambled(self.rows, scrambled, self.token_counts, first_ordinary_token(assets))
+        self._mesh = mesh
+        self._kept = None if folder is None else KeptStatistics(Path(folder), self.rows)
         self._statistics: dict[str, tuple[Any, Any]] = {}
 
     def with_tokens(self, assets: Assets, vocabulary: int) -> Calibration:
@@ -64,35 +78,68 @@ class Calibration:
         return [self.rows[i] for i in order]
 
     def batches(self, count: int, *, size: int = 16, pad: int = 0, seed: int = 0) -> list[Batch]:
-        """`count` sentences in padded batches of similar length."""
-        return make_batches(self.sample(count, seed=seed), size=size, pad=pad)
+        """`count` sentences in padded batches of similar length, cut over the mesh where there is one."""
+        parts = _data_size(self._mesh)
+        batches = make_batches(self.sample(count, seed=seed), size=-(-size // parts) * parts, pad=pad)
+        if self._mesh is None:
+            return batches
+        placed = NamedSharding(self._mesh, PartitionSpec(BATCH))
+        return [(jax.device_put(ids, placed), jax.device_put(mask, placed)) for ids, mask in batches]
 
     def input_moments(self, model: Model, *, sentences: int = 768, progress: bool = False) -> dict[str, np.ndarray]:
-        """{address of a linear map: C = E[xᵀx], [n, n] float32} over the real tokens.
+        """{address of a linear map: C = E[xᵀx], [n, n] float32} over the real tokens (see `statistics`)."""
+        return self._cached("input_moments", model, sentences, 16, progress=progress)
 
-        The maps of one layer that read the same input share one array. A shared weight set sums over its uses.
-        """
-        return self._cached(f"moments {sentences}", model, lambda: _input_moments(model, self, sentences, progress))
+    def gradient_moments(self, model: Model, *, sentences: int = 256, progress: bool = False) -> dict[str, np.ndarray]:
+        """{address of a linear map: G = E[gᵀg], [m, m] float32} of its output's gradient (see `statistics`)."""
+        return self._cached("gradient_moments", model, sentences, 16, progress=progress)
 
     def fisher(self, model: Model, *, sentences: int = 256, progress: bool = False) -> dict[str, np.ndarray]:
-        """{address of a matrix: expected squared gradient, its shape} of random projections of the sentence vector.
+        """{address of a matrix: expected squared gradient, its shape} of the model's answer (see `statistics`)."""
+        return self._cached("fisher", model, sentences, 8, progress=progress)
 
-        With r standard normal, E[(∂(r·v)/∂W)²] is the diagonal of JᵀJ: the Gauss-Newton matrix of ‖v - v*‖²/2.
-        """
-        return self._cached(f"fisher {sentences}", model, lambda: _fisher(model, self, sentences, progress))
+    def norms(self, model: Model, *, sentences: int = 768, progress: bool = False) -> dict[str, np.ndarray]:
+        """{address of a linear map: √E[x_i²] of each input channel, [n] float32}."""
+        moments = self.input_moments(model, sentences=sentences, progress=progress)
+        return {address: np.sqrt(np.diagonal(moment)) for address, moment in moments.items()}
 
     def token_gradient_moment(self, model: Model, *, sentences: int = 256) -> Float[np.ndarray, "D D"]:
-        """G = E[gᵀg], g the gradient of a random projection of the sentence vector with respect to a token's vector.
+        """G = E[gᵀg] of a token's vector: the metric in which a table should be approximated (see `statistics`)."""
+        return self._cached("token_gradient_moment", model, sentences, 8)
 
-        An error e in a token's vector then costs about e·G·eᵀ: the metric in which a table should be approximated.
-        """
-        return self._cached(f"token gradients {sentences}", model, lambda: _token_gradients(model, self, sentences))
+    def influence(self, model: Model, *, sentences: int = 256) -> Float[np.ndarray, " L"]:
+        """Block influence of every layer (see `statistics`)."""
+        return self._cached("influence", model, sentences, 16)
 
-    def _cached(self, name: str, model: Model, compute):
-        held = self._statistics.get(name)
+    def tokens_per_sentence(self, *, sentences: int = 768) -> float:
+        """The mean length of the sentences that statistics are taken on."""
+        return float(np.mean([len(row) for row in self.sample(sentences)]))
+
+    def _cached(self, name: str, model: Model, sentences: int, size: int, **options: Any) -> Any:
+        """A statistic by the name of its function, from memory or the folder, or measured."""
+        at = f"{name} {sentences}"
+        held = self._statistics.get(at)
         if held is None or held[0] is not model.params:  # another model: its inputs differ, so measure again
-            self._statistics[name] = held = (model.params, compute())
+
+            def measure() -> Any:
+                gather: Callable[..., Any] = getattr(statistics, name)
+                batches = self.batches(sentences, size=size, pad=model.config.pad_token)
+                return gather(self._on_mesh(model), batches, **options)
+
+            found = measure() if self._kept is None else self._kept.get(at, model, measure)
+            self._statistics[at] = held = (model.params, found)
         return held[1]
+
+    def _on_mesh(self, model: Model) -> Model:
+        """The model with its weights on every device of the mesh."""
+        if self._mesh is None:
+            return model
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        return model.replace(params=jax.device_put(model.params, whole))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _data_size(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else int(np.prod([mesh.shape.get(axis, 1) for axis in BATCH]))
 
 
 def _scrambled(rows: list[list[int]], share: float, counts: np.ndarray, start: int) -> list[list[int]]:
@@ -124,117 +171,3 @@ def make_batches(rows: Sequence[Sequence[int]], *, size: int, pad: int) -> list[
         length = next((n for n in _LENGTHS if n >= longest), longest)
         batches.append(pad_ids(part, length, size, pad))
     return batches
-
-
-def dense_model(model: Model) -> Model:
-    """The same function with every matrix dense float32."""
-    params = tree.update(model.params, lambda _, node: dense(node))
-    return model.replace(params=params, config=model.config.replace(formats=()))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-# Linear maps that read the input of another one.
-_SAME_INPUT = {
-    "attention/key": "attention/query",
-    "attention/value": "attention/query",
-    "feed_forward/gate": "feed_forward/up",
-}
-
-
-def same_input(config: ModelConfig) -> dict[str, str]:
-    """{linear map: the one whose input it reads}."""
-    return {m: read for m, read in _SAME_INPUT.items() if not (config.projection_kernel and m.startswith("attention/"))}
-
-
-def moments_of(inputs: Mapping[str, Any], mask: Any, same: Mapping[str, str] = _SAME_INPUT) -> dict[str, Any]:
-    """{part/linear: Σ xᵀx over the tokens that `mask` allows}; maps that read one input share one entry."""
-    out = {}
-    for part, linears in inputs.items():
-        for name, kept in linears.items():
-            if f"{part}/{name}" in same:
-                continue
-            x = kept["x"].astype(jnp.float32)
-            x = (x * mask[..., None]).reshape(-1, x.shape[-1])
-            out[f"{part}/{name}"] = jax.lax.dot(x.T, x, precision=jax.lax.Precision.HIGHEST)
-    return out
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _batch_moments(params, ids, mask, config: ModelConfig, dtype):
-    record = functools.partial(moments_of, same=same_input(config))
-    out = Transformer(config, dtype).apply({"params": params}, ids, mask, need_logits=False, record=record)
-    return out.recorded  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _input_moments(model: Model, calibration: Calibration, sentences: int, progress: bool) -> dict[str, np.ndarray]:
-    config = model.config
-    batches = calibration.batches(sentences, pad=config.pad_token)
-    total, tokens = None, 0
-    with progress_bar("statistics", len(batches), show=progress) as advance:
-        for ids, mask in batches:
-            found = _batch_moments(model.params, ids, mask, config, compute_dtype())
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
-            tokens += int(mask.sum())
-            advance()
-    assert total is not None
-    moments: dict[str, Any] = {}
-    for first, parts in total:
-        for name, stacked in parts.items():
-            for i in range(stacked.shape[0]):
-                part, linear = name.split("/")
-                number = getattr(config.sharing, part)[first + i]
-                address = f"layers/{number}/{part}/{linear}"
-                value = np.asarray(stacked[i]) / tokens
-                moments[address] = moments[address] + value if address in moments else value
-    for address in tree.select(tree.View(model.params), r"layers/.*/kernel"):
-        *layer, part, linear, _ = address.split("/")
-        if read := same_input(config).get(f"{part}/{linear}"):
-            moments["/".join([*layer, part, linear])] = moments["/".join([*layer, read])]
-    return moments
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _batch_fisher(params, ids, mask, key, config: ModelConfig, dtype, pooling: Pooling):
-    def projection(params):
-        vectors = sentence_vectors(params, ids, mask, config, dtype, pooling)
-        return (vectors * jax.random.normal(key, vectors.shape)).sum()
-
-    return jax.tree.map(jnp.square, jax.grad(projection)(params))
-
-
-def _fisher(model: Model, calibration: Calibration, sentences: int, progress: bool) -> dict[str, np.ndarray]:
-    dense = dense_model(model)
-    batches = calibration.batches(sentences, size=8, pad=model.config.pad_token)
-    total = None
-    with progress_bar("gradients", len(batches), show=progress) as advance:
-        for number, (ids, mask) in enumerate(batches):
-            key = jax.random.fold_in(jax.random.key(0), number)
-            pooling = model.assets.pooling or Pooling()
-            found = _batch_fisher(dense.params, ids, mask, key, dense.config, compute_dtype(), pooling)
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
-            advance()
-    assert total is not None
-    return {a: np.asarray(n) / len(batches) for a, n in tree.flatten(total).items()}
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _batch_token_gradients(params, ids, mask, key, config: ModelConfig, dtype, pooling: Pooling):
-    vectors = take(params["embedding"]["token"], ids)
-
-    def projection(vectors):
-        out = Transformer(config, dtype).apply({"params": params}, ids, mask, need_logits=False, vectors=vectors)
-        pooled = pool(out.last_hidden_state, mask, pooling)  # pyright: ignore[reportAttributeAccessIssue]
-        return (pooled * jax.random.normal(key, pooled.shape)).sum()
-
-    g = jax.grad(projection)(vectors)
-    g = (g * mask[..., None]).reshape(-1, g.shape[-1])
-    return jax.lax.dot(g.T, g, precision=jax.lax.Precision.HIGHEST)
-
-
-def _token_gradients(model: Model, calibration: Calibration, sentences: int) -> np.ndarray:
-    pooling = model.assets.pooling or Pooling()
-    total, tokens = 0.0, 0
-    for number, (ids, mask) in enumerate(calibration.batches(sentences, size=8, pad=model.config.pad_token)):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        found = _batch_token_gradients(model.params, ids, mask, key, model.config, compute_dtype(), pooling)
-        total, tokens = total + np.asarray(found, np.float64), tokens + int(mask.sum())
-    return np.asarray(total / tokens)

@@ -112,6 +112,7 @@ class Heal(Step):
             StepBatches(batch),
             steps=self.steps,
             key=key,
+            mesh=context.mesh,
             out=None if context.work is None else context.work / "heal",
             optimizer=optimizer,
             original=teacher,

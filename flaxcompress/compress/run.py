@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
@@ -15,9 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flaxcompress import storage
 from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.kept import model_digest
 from flaxcompress.compress.recipe import Recipe
 from flaxcompress.compress.step import Context
 from flaxcompress.compress.trim_vocabulary import follow
@@ -36,6 +37,8 @@ def compress(
     calibration: CalibrationText | Sequence[str | Path] | None = None,
     key: jax.Array,
     work: str | Path | None = None,
+    statistics: str | Path | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> tuple[Model, Report]:
     """Applies a recipe's steps in order; returns the compressed model and a report on it.
@@ -47,6 +50,8 @@ def compress(
       key: decides every random choice.
       work: a folder where finished steps and healing checkpoints are kept; a call with the same model, recipe, text and
         key goes on from there.
+      statistics: a folder where statistics are kept, for other recipes on the same model and text.
+      mesh: devices over which statistics are gathered and healing is spread; None: one.
 
     Raises:
       ValueError: a step does not fit the model, the checkpoint has no tokenizer, there is too little text, or text for
@@ -56,10 +61,16 @@ def compress(
     recipe.plan(model)
     text = _text(model, calibration)
     folder = _work_folder(work, model, recipe, text, key)
-    context = Context(original=model, work=folder, progress=progress)
+    context = Context(original=model, work=folder, progress=progress, mesh=mesh)
     if recipe.needs and text is not None:
-        vocabulary = model.config.vocabulary
-        context.calibration = Calibration(text, model.assets, vocabulary=vocabulary, scrambled=recipe.scrambled)
+        context.calibration = Calibration(
+            text,
+            model.assets,
+            vocabulary=model.config.vocabulary,
+            scrambled=0.0 if model.config.causal else recipe.scrambled,  # a language model's words follow each other
+            folder=statistics,
+            mesh=mesh,
+        )
     small, done, earlier = model, [], 0.0
     try:
         for number, step in enumerate(recipe.steps):
@@ -150,13 +161,9 @@ def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText | Non
     if work is None:
         return None
     folder = Path(work)
-    digest = hashlib.sha256()
-    for name, array in tensors_of(model).items():
-        digest.update(name.encode() + storage.checksum(array).to_bytes(4, "little"))
     identity = {
-        "model": digest.hexdigest(),
+        "model": model_digest(model),
         "assets": model.assets.digest,
-        "config": model.config.to_json(),
         "recipe": recipe.to_json(),
         "text": None if text is None else text.digest,
         "key": np.asarray(jax.random.key_data(key)).tolist(),

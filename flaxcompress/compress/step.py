@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.config import ModelConfig, closest
@@ -25,6 +26,7 @@ class Context:
       calibration: tokens and statistics; None when no step of the recipe needs any.
       work: a folder for checkpoints of long steps, or None.
       progress: whether to show progress bars.
+      mesh: devices for long steps; None: one.
       spectra: filled by steps that cut a spectrum: {address, singular_values, rank} per matrix, for the report.
       healing: filled by healing: {step, loss} entries, for the report.
     """
@@ -33,6 +35,7 @@ class Context:
     calibration: Calibration | None = None
     work: Path | None = None
     progress: bool = False
+    mesh: Mesh | None = None
     spectra: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     healing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flaxcompress import tree
-from flaxcompress.compress.calibrate import Batch, moments_of, same_input
+from flaxcompress.compress.statistics import Batch, moments_of, same_input
 from flaxcompress.config import ModelConfig, Sets
 from flaxcompress.encoding import compute_dtype, lookup
 from flaxcompress.formats import dense

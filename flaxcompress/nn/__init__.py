@@ -7,11 +7,12 @@ from flaxcompress.nn.depthwise import held_inputs
 from flaxcompress.nn.heads import HeadInputs, pool_sequence, register_head
 from flaxcompress.nn.init_cache import init_cache
 from flaxcompress.nn.layer import Layer
-from flaxcompress.nn.linear import INPUTS, Linear
+from flaxcompress.nn.linear import GRADIENT_MOMENT, INPUTS, Linear
 from flaxcompress.nn.stack import Stack
 from flaxcompress.nn.transformer import Transformer, TransformerOutput, run
 
 __all__ = [
+    "GRADIENT_MOMENT",
     "INPUTS",
     "Cache",
     "Context",

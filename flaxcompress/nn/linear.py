@@ -18,6 +18,7 @@ from flaxcompress.nn.logical import model_cuts, multiplied, put_together
 
 DELTAS = "deltas"  # the collection in which a layer's linear maps find their low-rank deltas
 INPUTS = "inputs"  # the collection in which a forward pass records what each kernel is multiplied by
+GRADIENT_MOMENT = "gradient_moment"  # zeros beside a kernel, whose gradient is that of `tapped`
 
 
 def weight(module: nn.Module, name: str, init: Callable[..., Any], *args: Any) -> Any:
@@ -29,6 +30,29 @@ def weight(module: nn.Module, name: str, init: Callable[..., Any], *args: Any) -
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, init, *args)
+
+
+@jax.custom_vjp
+def tapped(y: Float[Array, "*B m"], moment: Float[Array, "m m"]) -> Float[Array, "*B m"]:
+    """y itself; the gradient with respect to `moment`, zeros, is Σ gᵀg over the rows g of y's gradient.
+
+    So one backward pass gives the second moments of all linear maps' output gradients, whatever runs in between.
+    """
+    del moment
+    return y
+
+
+def _tapped_forward(y: Any, moment: Any) -> tuple[Any, None]:
+    del moment
+    return y, None
+
+
+def _tapped_backward(_: None, g: Any) -> tuple[Any, Any]:
+    rows = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
+    return g, jax.lax.dot(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
 class Linear(nn.Module):
@@ -64,7 +88,16 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
         y = multiplied(lambda x, kernel: matmul(x, self.used(kernel, x.dtype)), x, self.kernel)
-        return self.adapted(x, y if self.bias is None else y + self.bias.astype(x.dtype))
+        return self.finished(x, y if self.bias is None else y + self.bias.astype(x.dtype))
+
+    def finished(self, x: Float[Array, "*B n"], y: Float[Array, "*B m"]) -> Float[Array, "*B m"]:
+        """The map's output: its delta added, and tapped where the caller put zeros beside the kernel."""
+        y = self.adapted(x, y)
+        return tapped(y, self.get_variable("params", GRADIENT_MOMENT)) if self.is_tapped() else y
+
+    def is_tapped(self) -> bool:
+        """Whether the second moment of this map's output gradient is asked for."""
+        return self.has_variable("params", GRADIENT_MOMENT)
 
     def used(self, kernel: Any, dtype: Any) -> Any:
         """The kernel as products in `dtype` need it (see `put_together`)."""
@@ -112,7 +145,7 @@ def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list
         ends.append(total)
     parts = jnp.split(y.reshape(*y.shape[:-1], cuts, -1) if cuts > 1 else y, ends, axis=-1)
     parts = [part.reshape(*y.shape[:-1], -1) for part in parts] if cuts > 1 else parts
-    return [linear.adapted(x, part) for linear, part in zip(linears, parts, strict=True)]
+    return [linear.finished(x, part) for linear, part in zip(linears, parts, strict=True)]
 
 
 def _beside(arrays: Sequence[Float[Array, "*B m"]], cuts: int) -> Float[Array, "*B M"]:
