@@ -23,8 +23,8 @@ class Components(NamedTuple):
     """A head's key at frequency j is Σ_c mixing[j, h, c]·z_jc; the components are z_jc = Σ_h unmixing[j, c, h]·k_hj.
 
     Attributes:
-      energy: the expected squared score that each component carries, summed over the heads of queries, were queries and
-        keys independent; falling.
+      energy: E|q|²·E|z|², summed over the heads of queries that meet the component; falling. Were queries and keys
+        independent, it would be twice the squared score that the component carries.
       mixing: [p, K, K], heads by components.
       unmixing: its inverses.
     """
@@ -86,24 +86,8 @@ def components(
     )
 
 
-def mean_rotation(
-    frequencies: Float[np.ndarray, " p"], length: int, *, causal: bool, window: int = 0
-) -> Complex[np.ndarray, " p"]:
-    """E[e^(-iθ_j (t - s))] over all places t of a query and s of a key that it sees in a sequence of `length` tokens.
-
-    Where positions are left out, the score of least squared error has this number in place of the rotation; at 1 the
-    positions hardly matter, at 0 what they turn does not.
-    """
-    distances = np.arange(1 - length, length)
-    weights = (length - np.abs(distances)).astype(np.float64)
-    weights[(distances < 0) & causal] = 0.0
-    weights[np.abs(distances) > (window or length)] = 0.0
-    turned = np.exp(-1j * np.outer(np.asarray(frequencies, np.float64), distances))
-    return turned @ (weights / weights.sum())
-
-
 def choose_pairs(losses: Float[np.ndarray, "p K"], count: int) -> Pairs:
-    """The frequencies of the `count` components whose positions are dearest to lose; falling losses per frequency."""
+    """The frequencies of the `count` components that are dearest to lose; the losses of each frequency fall."""
     order = np.argsort(-losses, axis=None, kind="stable")[:count]
     return tuple(sorted(int(place) // losses.shape[1] for place in order))
 
@@ -118,7 +102,7 @@ def split(
     key: Float[np.ndarray, "n K d"],
     found: Components,
     pairs: Sequence[int],
-    rotation: Complex[np.ndarray, " p"],
+    rotation: Complex[np.ndarray, "H p"],
     plain: Sequence[int],
 ) -> Split:
     """Queries and keys whose components at `pairs` are turned, and of which the rest is not.

@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Float
 
 from flaxcompress import tree
+from flaxcompress.compress.attention_distances import attention_distances, even_distances, mean_rotation
 from flaxcompress.compress.joint_latent import compress_matrix
 from flaxcompress.compress.rotary_components import (
     Components,
     Pairs,
     choose_pairs,
     components,
-    mean_rotation,
     split,
     spread_pairs,
 )
@@ -28,6 +28,7 @@ from flaxcompress.formats import materialize
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.ops import frequencies
 
+_SENTENCES = 64  # of the calibration text, on which attention is looked at
 _MADE = ("query", "latent", "expand", "output")  # the linear maps of what this step makes
 
 
@@ -44,7 +45,8 @@ class ToLatentAttention(Step):
     In a model with rotary positions the latent cannot carry them. The keys are first turned into components over the
     heads, frequency by frequency (see `rotary_components`), which changes no score; those whose positions are dearest
     to lose, summed over the layers, keep them as one key that all heads share, and the rest goes through the latent
-    without positions, each rotation replaced by its mean. With all K·d numbers of all components kept that is exact.
+    without positions, each rotation replaced by its mean over the distances that the head attends to. With all K·d
+    numbers of all components kept that is exact.
 
     A step like this is a start: heal the model afterwards (MHA2MLA, Ji et al. 2025, trains on 3 to 6 billion tokens).
 
@@ -55,7 +57,6 @@ class ToLatentAttention(Step):
         has them.
       whitening: "activation" weighs errors by the inputs, the queries and the output's map of calibration text (CARE);
         "none" by the weights alone.
-      distance: over how many tokens a rotation is averaged; None: 64, or all positions where there are fewer.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_moments"})
@@ -64,15 +65,12 @@ class ToLatentAttention(Step):
     keep: float | None = None
     rotary: int | None = None
     whitening: Literal["activation", "none"] = "activation"
-    distance: int = 64
 
     def __post_init__(self):
         if (self.rank is None) == (self.keep is None):
             raise ValueError(f"ToLatentAttention: give either rank or keep, got {self.rank} and {self.keep}")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"ToLatentAttention: keep {self.keep} must lie in (0, 1]")
-        if self.distance < 1:
-            raise ValueError(f"ToLatentAttention: distance must be 1 or more, got {self.distance}")
 
     def plan(self, config: ModelConfig) -> ModelConfig:
         """The structure; which frequencies keep their positions depends on the data, so they are any here."""
@@ -117,11 +115,11 @@ class ToLatentAttention(Step):
         sets = range(config.sharing.sets("attention"))
         layers = [_Layer.read(model, number, moments.get(f"layers/{number}/attention/key")) for number in sets]
         found = rotations = [None for _ in sets]
-        if planned.rotary is not None and config.rotary is not None:
-            found = [components(layer.query, layer.key, layer.extended) for layer in layers]
-            rotations = [self._rotation(config, number) for number in sets]
-            losses = sum(f.energy * (1 - np.abs(r) ** 2)[:, None] for f, r in zip(found, rotations, strict=True))
-            pairs = choose_pairs(np.asarray(losses), planned.rotary_dim // 2)
+        if planned.rotary is not None:
+            rotations = self._rotations(model, context)
+            found = [layer.components(rotation) for layer, rotation in zip(layers, rotations, strict=True)]
+            losses = np.sum([each.energy for each in found], 0)
+            pairs = choose_pairs(losses, planned.rotary_dim // 2)
             planned = planned.replace(rotary=dataclasses.replace(planned.rotary, pairs=pairs))
         shapes, view = abstract_flat(planned), tree.View(model.params)
         changes: dict[str, np.ndarray] = {}
@@ -162,14 +160,22 @@ class ToLatentAttention(Step):
             )
         return rank
 
-    def _rotation(self, config: ModelConfig, number: int) -> np.ndarray:
-        """What stands for the rotations of a weight set; of one that layers with a window use alone, theirs."""
+    def _rotations(self, model: Model, context: Context) -> list[np.ndarray]:
+        """What stands for the rotations of every weight set's heads, [H, p]."""
+        config = model.config
+        if self.whitening == "activation":
+            batches = context.need(self).batches(_SENTENCES, pad=config.pad_token)
+            shares = attention_distances(model, batches)
+        else:
+            shares = even_distances(config)
+        out = []
         assert config.rotary is not None
-        local = all(config.local[layer] for layer, used in enumerate(config.sharing.attention) if used == number)
-        length = min(self.distance, config.positions)
-        window = config.window if local else 0
-        turned = frequencies(config.rotary, config.query_key_dim, local=local)
-        return mean_rotation(turned, length, causal=config.causal, window=window)
+        for number in range(config.sharing.sets("attention")):
+            uses = [layer for layer, used in enumerate(config.sharing.attention) if used == number]
+            local = all(config.local[layer] for layer in uses)
+            turned = frequencies(config.rotary, config.query_key_dim, local=local)
+            out.append(mean_rotation(turned, shares[uses].mean(0)))
+        return out
 
 
 class _Layer(NamedTuple):
@@ -207,6 +213,11 @@ class _Layer(NamedTuple):
             moments,
         )
 
+    def components(self, rotation: np.ndarray) -> Components:
+        """Of the keys; what a component loses with its positions is its energy."""
+        lost = np.sqrt(np.maximum(1 - np.abs(rotation) ** 2, 0.0))
+        return components(self.query * np.concatenate([lost, lost], -1), self.key, self.extended)
+
     @property
     def extended(self) -> Float[np.ndarray, "n n"]:
         """The moments of the input with a last entry of 1, as if its mean were 0; the identity where unknown."""
@@ -226,7 +237,7 @@ def _convert(
     shared = np.zeros((len(query), 0))
     if found is not None and rotation is not None and config.rotary is not None:
         pairs = config.rotary.pairs or ()
-        parts = split(query, own, found, pairs, rotation, _plain(pairs, len(rotation), groups))
+        parts = split(query, own, found, pairs, rotation, _plain(pairs, rotation.shape[1], groups))
         query, own, shared = np.concatenate([parts.plain_query, parts.turned_query], -1), parts.own_key, parts.shared_key
         out["query/kernel"] = query[:-1].reshape(len(query) - 1, -1)
         if kind.query_bias:
