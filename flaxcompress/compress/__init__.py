@@ -9,6 +9,7 @@ from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
 from flaxcompress.compress.tiers import TierSetting
+from flaxcompress.compress.to_latent_attention import ToLatentAttention
 from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "Step",
     "TierSetting",
+    "ToLatentAttention",
     "Trim",
     "TrimVocabulary",
     "compress",

@@ -22,10 +22,12 @@ def attention_distances(model: Model, batches: Sequence[Batch]) -> Float[np.ndar
     config, longest = model.config, max(ids.shape[1] for ids, _ in batches)
     total = np.zeros((config.layers, config.heads, 2 * longest - 1))
     for ids, mask in batches:
+        places = np.arange(ids.shape[1])
+        slots = (places[:, None] - places + longest - 1).ravel()
         for layer, probabilities in enumerate(model(ids, mask, output_attentions=True).attentions):
             summed = np.einsum("bhts,bt->hts", np.asarray(probabilities), mask)
-            for distance in range(1 - ids.shape[1], ids.shape[1]):
-                total[layer, :, longest - 1 + distance] += np.trace(summed, -distance, 1, 2)
+            for head, each in enumerate(summed):
+                total[layer, head] += np.bincount(slots, each.ravel(), total.shape[-1])
     return total / np.maximum(total.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
 
 

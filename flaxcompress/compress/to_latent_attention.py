@@ -137,7 +137,9 @@ class ToLatentAttention(Step):
         scored, width = config.query_key_dim, self.rotary
         if config.rotary is None:
             if width is not None:
-                raise ValueError(f"ToLatentAttention: rotary {width}, but a {config.family} model has no rotary positions")
+                raise ValueError(
+                    f"ToLatentAttention: rotary {width}, but a {config.family} model has no rotary positions"
+                )
             return 0
         width, most = scored if width is None else width, scored * config.groups
         if width % 2 or not 2 <= width <= most:
@@ -238,7 +240,11 @@ def _convert(
     if found is not None and rotation is not None and config.rotary is not None:
         pairs = config.rotary.pairs or ()
         parts = split(query, own, found, pairs, rotation, _plain(pairs, rotation.shape[1], groups))
-        query, own, shared = np.concatenate([parts.plain_query, parts.turned_query], -1), parts.own_key, parts.shared_key
+        query, own, shared = (
+            np.concatenate([parts.plain_query, parts.turned_query], -1),
+            parts.own_key,
+            parts.shared_key,
+        )
         out["query/kernel"] = query[:-1].reshape(len(query) - 1, -1)
         if kind.query_bias:
             out["query/bias"] = query[-1].ravel()
