@@ -20,6 +20,7 @@ from flaxcompress.compress.step import Context, Step, known_steps, step_from_jso
 from flaxcompress.compress.tensor_train_embedding import TensorTrainEmbedding
 from flaxcompress.compress.tensorize import Tensorize
 from flaxcompress.compress.tiers import TierSetting
+from flaxcompress.compress.to_latent_attention import ToLatentAttention
 from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
@@ -46,6 +47,7 @@ __all__ = [
     "TensorTrainEmbedding",
     "Tensorize",
     "TierSetting",
+    "ToLatentAttention",
     "Trim",
     "TrimVocabulary",
     "compress",

@@ -263,7 +263,7 @@ class Network:
         if c["rotary"] is None:
             return None
         r = c["rotary"]
-        width = r["paired_width"] or self.attention.rotary_width(self)  # of heads from which pairs were dropped
+        width = self.attention.rotary_width(self) if r["pairs"] is None else r["pairs_of"]
         own = local and r["local_theta"] is not None
         steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         frequency = 1.0 / (r["local_theta"] if own else r["theta"]) ** steps
@@ -282,7 +282,8 @@ class Network:
             last = first + 0.001 if first == last else last
             divided = ((torch.arange(width // 2, device=positions.device) - first) / (last - first)).clamp(0, 1)
             frequency = divided * frequency / r["factor"] + (1 - divided) * frequency
-        frequency = frequency[r["pairs"]] if r["pairs"] else frequency
+        if r["pairs"] is not None:
+            frequency = frequency[r["pairs"]]
         angles = positions[:, None, :, None].float() * frequency.float()
         return angles.cos() * r["magnitude"], angles.sin() * r["magnitude"]
 
