@@ -9,14 +9,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
+import numpy as np
 
 from flaxcompress import storage, tree
 from flaxcompress.compress.answers import Answers
 from flaxcompress.compress.factorize_embedding import TOKEN, FactorizeEmbedding
 from flaxcompress.compress.guess import guess_prices
 from flaxcompress.compress.kernel_offers import Menu
-from flaxcompress.compress.solve import ACTIONS, Prices, Solution, menu_of, price, solve, steps_of, with_small_tables
+from flaxcompress.compress.solve import (
+    ACTIONS,
+    Prices,
+    Solution,
+    menu_of,
+    price,
+    solve,
+    steps_of,
+    with_small_tables,
+    with_structure,
+)
+from flaxcompress.compress.statistics import Batch
 from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.structures import Structure, structures
 from flaxcompress.compress.target import Target, parse_target
 from flaxcompress.config import ModelConfig
 from flaxcompress.folder import tensors_of
@@ -41,8 +54,8 @@ class Allocate(Step):
     Attributes:
       target: "8x" or "10MB": at most so many bytes, all of the file counted; "2x-faster": so many times fewer
         operations in the layers; "1%": the smallest model whose measured loss, before healing, is at most that.
-      actions: "bits" of kernels, "rank" of kernels, "table": tiers of the token table. A target of speed takes "rank"
-        alone.
+      actions: "bits" of kernels; "rank" of kernels; "table", tiers of the token table; "drop", whole layers left out;
+        "tie", neighbouring layers that share their weights. A target of speed takes "rank" and "drop" alone.
       corrections: how often the choice may be made again.
       sentences: calibration sentences for what is measured.
     """
@@ -50,7 +63,7 @@ class Allocate(Step):
     needs: ClassVar[frozenset[str]] = frozenset({"tokens", "input_moments", "gradient_moments"})
 
     target: str
-    actions: tuple[Literal["bits", "rank", "table"], ...] = ACTIONS
+    actions: tuple[Literal["bits", "rank", "table", "drop", "tie"], ...] = ACTIONS
     corrections: int = 2
     sentences: int = 96
 
@@ -105,13 +118,18 @@ class Allocate(Step):
         batches = calibration.batches(self.sentences, size=32, pad=model.config.pad_token, seed=2)
         answers = Answers(context.original, batches)
         prices = self.prices(model, context)
+        structure = self._structure(model, prices, target, answers, batches, context, key)
+        for number, step in enumerate(structure.steps(model.config.layers)):
+            model = step(model, context, key=jax.random.fold_in(key, 100 + number))
+        if structure.dropped or structure.tied:
+            prices = dataclasses.replace(self.prices(model, context), scales=prices.scales)
         allowed, solution = target, _solve(prices, target, model.config)
         for number in range(self.corrections + 1):
             small, table_loss, loss = _run(model, solution, prices.menu, context, answers, key)
             log.info("Allocate: predicted loss %.4g, measured %.4g (%s)", solution.loss, loss, answers.unit)
             if number == self.corrections:
                 break
-            prices = _corrected(prices, solution, table_loss, loss)
+            prices = _corrected(prices, solution, table_loss, loss, structure.loss)
             size = storage.file_size(tensors_of(small))
             if target.kind == "bytes":  # what names took less than they might have
                 allowed = Target("bytes", allowed.value + target.value - size)
@@ -119,22 +137,78 @@ class Allocate(Step):
             if _alike(solution, after) and not (target.kind == "bytes" and size > target.value):
                 break
             solution = after
-        context.choices[:] = solution.to_json()
+        context.choices[:] = [*_structure_rows(structure), *solution.to_json()]
         return small
+
+    def _structure(
+        self,
+        model: Model,
+        prices: Prices,
+        target: Target,
+        answers: Answers,
+        batches: list[Batch],
+        context: Context,
+        key: jax.Array,
+    ) -> Structure:
+        """The layers to leave out and to tie: those with which the whole is predicted to lose least."""
+        best, least = Structure(), np.inf
+        with contextlib.suppress(ValueError):  # what all layers cannot reach, fewer may
+            least = _solve(prices, target, model.config).loss
+        if not {"drop", "tie"}.intersection(self.actions):
+            return best
+        actions = [a for a in self.actions if target.kind != "speed" or a != "tie"]
+        found = structures(model, batches, answers, context, actions, key=key, progress=context.progress)
+        for structure in found:
+            if structure.loss >= least:
+                continue  # whatever else is done to it
+            allowed = target
+            if target.kind == "loss":
+                if structure.loss >= target.value:
+                    continue
+                allowed = Target("loss", target.value - structure.loss)
+            with contextlib.suppress(ValueError):
+                priced = with_structure(prices, structure, model.config.layers)
+                loss = structure.loss + _solve(priced, allowed, model.config, structure).loss
+                if loss < least:
+                    best, least = structure, loss
+        return best
 
 
 def _bytes_of(config: ModelConfig) -> int:
     return sum(nbytes(node) for node in abstract_flat(config).values())
 
 
-def _solve(prices: Prices, target: Target, config: ModelConfig) -> Solution:
-    """The choice for a model whose other matrices stay as they are."""
+def _solve(prices: Prices, target: Target, config: ModelConfig, structure: Structure = Structure()) -> Solution:  # noqa: B008
+    """The choice for a model whose other matrices stay as they are, or go with the layers that do."""
     flat = abstract_flat(config)
     changed = {*prices.kernels, TOKEN} if prices.table is not None else set(prices.kernels)
-    others = {a: n for a, n in abstract_flat(with_small_tables(config)).items() if a not in changed}
+    others = {
+        a: n
+        for a, n in abstract_flat(with_small_tables(config)).items()
+        if a not in changed and not _goes(tree.place(a), structure, config.layers)
+    }
     rest = sum(nbytes(node) for node in others.values()) + header_bytes(others)
-    flops = sum(2 * flat[address].shape[0] * flat[address].shape[1] for address in prices.kernels)
+    kernels = [a for a in flat if a.startswith("layers/") and a.endswith("/kernel")]
+    flops = sum(2 * flat[address].shape[0] * flat[address].shape[1] for address in kernels)
     return solve(prices, target, rest=rest, flops=flops)
+
+
+def _goes(at: tree.Place | None, structure: Structure, layers: int) -> bool:
+    """Whether what stands there is not stored in a structure: norms are those of every layer that stays."""
+    if at is None or at.stack:
+        return False
+    return at.number in structure.dropped if at.part == "norms" else at.number not in structure.stored(layers)
+
+
+def _structure_rows(structure: Structure) -> list[dict[str, Any]]:
+    """For the report: layers that went, and that share."""
+    gone = [{"address": f"layers/{n}", "choice": "left out", "kind": "drop", "bytes": 0} for n in structure.dropped]
+    tied = [
+        {"address": f"layers/{n + 1}", "choice": f"tied to layer {n}", "kind": "tie", "bytes": 0}
+        for n in structure.tied
+    ]
+    rows = [*gone, *tied]
+    return [{**row, "loss": structure.loss / len(rows)} for row in rows]
 
 
 def allocated_sizes(prices: Prices, sizes: Sequence[int], config: ModelConfig) -> list[tuple[int, Solution]]:
@@ -170,8 +244,9 @@ def _run(
     return small, table_loss, answers.loss(small)
 
 
-def _corrected(prices: Prices, solution: Solution, table_loss: float, loss: float) -> Prices:
-    """The prices, scaled so that the solution's are what was measured."""
+def _corrected(prices: Prices, solution: Solution, table_loss: float, loss: float, structure_loss: float) -> Prices:
+    """The prices, scaled so that the solution's are what was measured beyond what the structure loses."""
+    table_loss, loss = table_loss - structure_loss, loss - structure_loss
     table = sum(o.loss for a, o in solution.chosen.items() if a == TOKEN)
     kernels = solution.loss - table
     scales: dict[str, Any] = dict(prices.scales)

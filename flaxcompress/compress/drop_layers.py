@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import jax
@@ -78,10 +78,19 @@ class DropLayers(Step):
             found = np.asarray(self._candidates(model.config))
             gone = found[np.argsort(influence[found], kind="stable")[: self.count]].tolist()
         config, moved = without_layers(model.config, gone)
+        # A layer's output stands for what the layers after it that are left out gave as well.
+        context.layers[:] = _stand_for(context.layers, gone)
         flat = tree.View(model.params)
         changes = {address: flat[before] for address, before in moved.items() if address != before}
         left = [a for a in flat if (at := tree.place(a)) and not at.stack and a not in moved]
         return model.replace(params=tree.replace(model.params, changes, drop=left), config=config)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _stand_for(layers: Sequence[int], gone: Collection[int]) -> list[int]:
+    """For each layer that stays the last of the original's layers before the next one that stays."""
+    kept = [layer for layer in range(len(layers)) if layer not in gone]
+    ends = [after - 1 for after in kept[1:]] + [len(layers) - 1]
+    return [layers[end] for end in ends]
 
 
 def without_layers(config: ModelConfig, gone: Collection[int]) -> tuple[ModelConfig, dict[str, str]]:

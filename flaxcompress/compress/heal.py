@@ -108,7 +108,13 @@ class Heal(Step):
 
         return fit(
             model,
-            Distill(teacher=teacher, cosine=self.cosine, hidden=self.hidden, logits=self.logits),
+            Distill(
+                teacher=teacher,
+                cosine=self.cosine,
+                hidden=self.hidden,
+                logits=self.logits,
+                layers=tuple(context.layers) if len(context.layers) == model.config.layers else (),
+            ),
             StepBatches(batch),
             steps=self.steps,
             key=key,

@@ -31,7 +31,7 @@ from flaxcompress.model import Model
 
 log = logging.getLogger("flaxcompress")
 
-_NOTES = ("spectra", "healing", "choices")  # what steps leave in the context for the report
+_NOTES = ("spectra", "healing", "choices", "layers")  # what steps leave in the context for later ones and the report
 
 
 def compress(

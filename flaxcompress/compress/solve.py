@@ -19,6 +19,7 @@ from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.sensitivity import kernel_sensitivities
 from flaxcompress.compress.step import Step
+from flaxcompress.compress.structures import Structure
 from flaxcompress.compress.table_offers import MAX_TIERS, TableCurve, table_curve
 from flaxcompress.compress.target import Target
 from flaxcompress.compress.tiers import token_weights
@@ -28,7 +29,7 @@ from flaxcompress.formats import materialize
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import first_ordinary_token
 
-ACTIONS = ("bits", "rank", "table")
+ACTIONS = ("bits", "rank", "table", "drop", "tie")
 _ANCHOR = 3  # bits at which every kernel is measured, to scale its predictions
 _OTHERS_IN_8 = r"embedding/(position|segment)"
 
@@ -106,6 +107,21 @@ class Solution:
                 {"address": address, "choice": label, "kind": offer.kind, "bytes": offer.bytes, "loss": offer.loss}
             )
         return rows
+
+
+def with_structure(prices: Prices, structure: Structure, layers: int) -> Prices:
+    """The prices of a model so structured, as the whole one's tell: a tied kernel loses what both would."""
+    kernels = {}
+    for address, offers in prices.kernels.items():
+        at = tree.place(address)
+        assert at is not None
+        if at.number not in structure.stored(layers):
+            continue
+        if at.number in structure.tied:
+            other = {o.label: o.loss for o in prices.kernels[at._replace(number=at.number + 1).address]}
+            offers = [dataclasses.replace(o, loss=o.loss + other[o.label]) for o in offers]
+        kernels[address] = offers
+    return dataclasses.replace(prices, kernels=kernels)
 
 
 def _scaled(offer: Offer, scale: float) -> Offer:

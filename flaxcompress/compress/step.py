@@ -29,6 +29,7 @@ class Context:
       mesh: devices for long steps; None: one.
       spectra: filled by steps that cut a spectrum: {address, singular_values, rank} per matrix, for the report.
       healing: filled by healing: {step, loss} entries, for the report.
+      layers: the original's layer, counted from 0, whose output each of the model's layers stands for.
       choices: filled by an allocation: {address, choice, kind, bytes, loss} per matrix, for the report.
     """
 
@@ -40,6 +41,10 @@ class Context:
     spectra: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     healing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    layers: list[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        self.layers = self.layers or list(range(self.original.config.layers))
 
     def need(self, step: Step) -> Calibration:
         """The calibration, or ValueError when there is none."""

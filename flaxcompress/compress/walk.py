@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -110,10 +110,19 @@ class LayerWalk:
         for i in range(len(states)):  # one by one, so that only one batch is held twice
             states[i] = self._layer(params, number, i, states[i])
 
-    def outcome(self, stage: Stage, changes: Mapping[str, Any]) -> list[Float[Array, "B T D"]]:
-        """The last layer's output per batch if `changes` were exchanged at this stage; nothing is kept."""
+    def outcome(
+        self, stage: Stage | None, changes: Mapping[str, Any], *, without: Collection[int] = ()
+    ) -> list[Float[Array, "B T D"]]:
+        """The last layer's output per batch if `changes` were exchanged at this stage; nothing is kept.
+
+        Args:
+          stage: None before the first.
+          without: layers that are left out.
+        """
         states = self._states
-        for number in range(stage.layer, self._config.layers):
+        for number in range(0 if stage is None else stage.layer, self._config.layers):
+            if number in without:
+                continue
             params = self._params(number, changes)
             states = [self._layer(params, number, i, x) for i, x in enumerate(states)]
         return states

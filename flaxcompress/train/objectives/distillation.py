@@ -52,7 +52,9 @@ class Distill(Objective):
     Attributes:
       teacher: the model to learn from; it does not change.
       cosine: weight of 1 - cosine of sentence vectors, pooled as the teacher's are.
-      hidden: weight of the hidden states' error relative to the teacher's norm; both need as many layers and widths.
+      hidden: weight of the hidden states' error relative to the teacher's norm; both need the same width.
+      layers: the teacher's layer, counted from 0, whose output each of the student's layers is to give; (): the layers
+        of the same number, of as many.
       logits: weight of KL(teacher‖student) of the heads' logits, where both models have a head.
       temperature: that the logits are divided by.
     """
@@ -63,6 +65,7 @@ class Distill(Objective):
     hidden: float = 1.0
     logits: float = 1.0
     temperature: float = 1.0
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("cosine", "hidden", "logits"):
@@ -70,6 +73,9 @@ class Distill(Objective):
                 raise ValueError(f"distill: {name} must not be negative, got {getattr(self, name)}")
         if not (self.cosine or self.hidden or self.logits):
             raise ValueError("distill: cosine, hidden and logits are all 0, so there is nothing to learn")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if unknown := [layer for layer in self.layers if not 0 <= layer < self.teacher.config.layers]:
+            raise ValueError(f"distill: the teacher has {self.teacher.config.layers} layers, and no layer {unknown[0]}")
         if not self.temperature > 0:
             raise ValueError(f"distill: temperature must be positive, got {self.temperature}")
 
@@ -89,13 +95,15 @@ class _Distill(Objective):
     hidden: float
     logits: float
     temperature: float
+    layers: tuple[int, ...]
 
     def loss(self, run: Run, constants: Any, batch: Mapping[str, Any]) -> Terms:
         student, teacher = run.config, self.teacher
-        if self.hidden and (teacher.width, teacher.layers) != (student.width, student.layers):
+        layers = self.layers or tuple(range(teacher.layers))
+        if self.hidden and (teacher.width, len(layers)) != (student.width, student.layers):
             raise ValueError(
-                f"distill: the teacher is {teacher.layers} layers of width {teacher.width}, the student "
-                f"{student.layers} of {student.width}: hidden states cannot be compared; use hidden=0"
+                f"distill: {len(layers)} of the teacher's layers, of width {teacher.width}, are compared with the "
+                f"student's {student.layers} of {student.width}: they cannot be; give layers, or use hidden=0"
             )
         if self.cosine and teacher.width != student.width:
             raise ValueError(
@@ -114,6 +122,7 @@ class _Distill(Objective):
             terms["cosine"] = cosine_term(a, b, mask.any(1))._replace(scale=self.cosine)
         if self.hidden:
             a, b = (out.hidden_states[1:].astype(jnp.float32) for out in (s, t))
+            b = b if not self.layers else b[jnp.asarray(self.layers)]
             terms["hidden"] = hidden_term(a, b, mask)._replace(scale=self.hidden)
         if with_logits:
             ours, theirs = (getattr(out.logits, "masked_lm", out.logits) for out in (s, t))

@@ -30,7 +30,7 @@ class DistillTask(Task):
 
     Attributes:
       teacher: a folder, a hub id, or minilm.
-      cosine, hidden, logits, temperature: the weights of the loss's terms, see `Distill`.
+      cosine, hidden, logits, temperature, layers: the loss's terms, see `Distill`.
     """
 
     name: ClassVar[str] = "distill"
@@ -41,6 +41,7 @@ class DistillTask(Task):
     hidden: float = 1.0
     logits: float = 1.0
     temperature: float = 1.0
+    layers: tuple[int, ...] = ()
 
     @property
     def head(self):
@@ -50,7 +51,7 @@ class DistillTask(Task):
         return _Data(self, files, training)
 
     def objective(self, z_loss):
-        weights = {name: getattr(self, name) for name in ("cosine", "hidden", "logits", "temperature")}
+        weights = {name: getattr(self, name) for name in ("cosine", "hidden", "logits", "temperature", "layers")}
         return Distill(teacher=load(self.teacher), **weights)
 
     def shapes(self, rows, length, model):
