@@ -227,7 +227,7 @@ def test_predictions_tell_the_order_of_real_losses():
 
 
 def test_smaller_sizes_are_predicted_to_lose_more():
-    sizes = np.linspace(trimmed().nbytes * 0.55, trimmed().nbytes * 0.25, 5).astype(int).tolist()
+    sizes = np.linspace(trimmed().nbytes * 0.9, trimmed().nbytes * 0.5, 5).astype(int).tolist()
     found = allocated_sizes(prices(), sizes, trimmed().config)
     assert len(found) >= 3
     losses = [solution.loss for _, solution in found]

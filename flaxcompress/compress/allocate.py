@@ -16,6 +16,8 @@ from flaxcompress.compress.answers import Answers
 from flaxcompress.compress.factorize_embedding import TOKEN, FactorizeEmbedding
 from flaxcompress.compress.guess import guess_prices
 from flaxcompress.compress.kernel_offers import Menu
+from flaxcompress.compress.low_rank import LowRank
+from flaxcompress.compress.quantize import Quantize
 from flaxcompress.compress.solve import (
     ACTIONS,
     Prices,
@@ -234,14 +236,23 @@ def _run(
     small = model
     for number, step in enumerate(steps_of(solution, menu)):
         step_key = jax.random.fold_in(key, number)
-        if isinstance(step, FactorizeEmbedding):  # on the model whose statistics are known
-            alone = step(model, scratch, key=step_key)
-            table_loss = answers.loss(alone)
-            small = replace_matrices(small, {TOKEN: tree.View(alone.params)[TOKEN]})
-        else:
+        if isinstance(step, Quantize):
             small = step(small, scratch, key=step_key)
+            continue
+        alone = step(model, scratch, key=step_key)  # on the model whose statistics are known
+        chosen = [TOKEN] if isinstance(step, FactorizeEmbedding) else _ranked(solution, step)
+        if chosen == [TOKEN]:
+            table_loss = answers.loss(alone)
+        view = tree.View(alone.params)
+        small = replace_matrices(small, {address: view[address] for address in chosen})
     context.spectra[:] = scratch.spectra
     return small, table_loss, answers.loss(small)
+
+
+def _ranked(solution: Solution, step: Step) -> list[str]:
+    """The kernels that a step of one rank cuts."""
+    assert isinstance(step, LowRank)
+    return [address for address, offer in solution.chosen.items() if offer.rank == step.rank]
 
 
 def _corrected(prices: Prices, solution: Solution, table_loss: float, loss: float, structure_loss: float) -> Prices:

@@ -70,13 +70,14 @@ def input_moments(model: Model, batches: Sequence[Batch], *, progress: bool = Fa
     total, tokens = None, 0
     with progress_bar("statistics", len(batches), show=progress) as advance:
         for ids, mask in batches:
-            found = _batch_moments(model.params, ids, mask, config, compute_dtype())
+            recorded = _batch_moments(model.params, ids, mask, config, compute_dtype())
+            found = {int(first): parts for first, parts in recorded}  # the first layer of each segment is no sum
             total = found if total is None else jax.tree.map(jnp.add, total, found)
             tokens += int(mask.sum())
             advance()
     assert total is not None
     moments: dict[str, Any] = {}
-    for first, parts in total:
+    for first, parts in total.items():
         for name, stacked in parts.items():
             for i in range(stacked.shape[0]):
                 part, linear = name.split("/")
