@@ -13,6 +13,7 @@ import numpy as np
 
 from flaxcompress import storage, tree
 from flaxcompress.compress.answers import Answers
+from flaxcompress.compress.drop_layers import DropLayers
 from flaxcompress.compress.factorize_embedding import TOKEN, FactorizeEmbedding
 from flaxcompress.compress.guess import guess_prices
 from flaxcompress.compress.kernel_offers import Menu
@@ -90,10 +91,21 @@ class Allocate(Step):
         if target.kind == "loss" or (target.kind == "bytes" and _bytes_of(config) <= target.value):
             return config
         menu = menu_of(self.actions, target)
-        solution = _solve(guess_prices(config, self.actions, menu), target, config)
+        most = config.layers // 2 if "drop" in self.actions and config.decoder is None else 0
+        for count in range(most + 1):  # the last ones, as good as any without data
+            small = (
+                DropLayers(layers=tuple(range(config.layers - count, config.layers))).plan(config) if count else config
+            )
+            try:
+                solution = _solve(guess_prices(small, self.actions, menu), target, small)
+            except ValueError:
+                if count == most:
+                    raise
+                continue
+            break
         for step in steps_of(solution, menu):
-            config = step.plan(config)
-        return config
+            small = step.plan(small)
+        return small
 
     def bound(self, config: ModelConfig) -> int | None:
         """The target, where it is a size: no choice is larger."""
