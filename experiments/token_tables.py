@@ -117,6 +117,10 @@ FORMS: dict[str, Make] = {
     "tensor train, blocks weighted": tensor_train,
 }
 
+SMALLEST = tuple(
+    name for name in FORMS if not name.endswith(("plain", "plain SVD", "autoencoded"))
+)  # also at an eighth
+
 
 def data(name: str) -> Path:
     folder = os.environ.get("FLAXCOMPRESS_DATA")
@@ -126,14 +130,12 @@ def data(name: str) -> Path:
 
 
 def run(names: list[str]) -> None:
-    import jax
-
     import flaxcompress as fc
     from flaxcompress import tree
     from flaxcompress.compress.tiers import token_weights
     from flaxcompress.data import calibration_text
     from flaxcompress.evaluate import metrics
-    from flaxcompress.formats import materialize, nbytes
+    from flaxcompress.formats import materialize, nbytes, spec_of
     from flaxcompress.text import first_ordinary_token
 
     original = fc.load("minilm")
@@ -147,43 +149,46 @@ def run(names: list[str]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "original" not in results:
         found = fc.evaluate(original, "sts", data=data("stsb/dev.tsv.gz"))
-        results["original"] = {"bytes": table.nbytes, "spearman": found["spearman"], "cosine": 1.0}
-    nodes = {"original": table}
-    for factor in (4, 8):
-        for name in names:
-            begin = time.perf_counter()
-            node = FORMS[name](table, weights, table.size / factor)
-            made = time.perf_counter() - begin
-            nodes[f"{name}, {factor}x"] = node
-            assert nbytes(node) <= table.nbytes / factor
-            dense = np.asarray(materialize(node))  # so that all models share one program
-            params = tree.replace(original.params, {TOKEN: dense})
-            model = fc.Model(params=params, config=original.config, assets=original.assets)
-            error = weights @ np.square(dense - table).sum(1) / (weights @ np.square(table).sum(1))
-            found = fc.evaluate(model, "sts", data=data("stsb/dev.tsv.gz"))
-            results[f"{name}, {factor}x"] = {
-                "bytes": nbytes(node),
-                "weighted_error": float(error),
-                "cosine": metrics.mean_cosine(model.encode(held_out), reference),
-                "spearman": found["spearman"],
-                "seconds_to_make": made,
-            }
-            print(f"{name}, {factor}x", results[f"{name}, {factor}x"], flush=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    for name, seconds in lookups(nodes, jax).items():
-        results[name]["lookup_ms"] = 1e3 * seconds
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        size = {"bytes": table.nbytes, "spec": {"kind": "dense"}}
+        results["original"] = {**size, "weighted_error": 0.0, "cosine": 1.0, "spearman": found["spearman"]}
+    wanted = [(4, name) for name in names] + [(8, name) for name in names if name in SMALLEST]
+    for factor, name in wanted:
+        if (label := f"{name}, {factor}x") in results:
+            continue
+        begin = time.perf_counter()
+        node = FORMS[name](table, weights, table.size / factor)
+        made = time.perf_counter() - begin
+        assert nbytes(node) <= table.nbytes / factor
+        dense = np.asarray(materialize(node))  # so that all models share one program
+        params = tree.replace(original.params, {TOKEN: dense})
+        model = fc.Model(params=params, config=original.config, assets=original.assets)
+        error = weights @ np.square(dense - table).sum(1) / (weights @ np.square(table).sum(1))
+        results[label] = {
+            "bytes": nbytes(node),
+            "spec": spec_of(node).to_json(),
+            "weighted_error": float(error),
+            "cosine": metrics.mean_cosine(model.encode(held_out), reference),
+            "spearman": fc.evaluate(model, "sts", data=data("stsb/dev.tsv.gz"))["spearman"],
+            "seconds_to_make": made,
+        }
+        print(label, results[label], flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def lookups(nodes: dict[str, Any], jax: Any) -> dict[str, float]:
-    """Median seconds of a lookup of 32×64 ids, over interleaved rounds."""
-    from flaxcompress.formats import take
+def lookups() -> None:
+    """Adds the median time of a lookup of 32×64 ids, over interleaved rounds, on random tables of the same formats."""
+    import jax
 
-    ids = np.random.default_rng(0).integers(0, len(nodes["original"]), BATCH).astype(np.int32)
-    placed = {name: jax.device_put(node) for name, node in nodes.items()}
-    look = jax.jit(take)
-    for node in placed.values():
-        jax.block_until_ready(look(node, ids))
+    from flaxcompress.formats import parse_spec, take
+
+    results = json.loads(RESULTS.read_text())
+    shape = (30522, 384)
+    ids = np.random.default_rng(0).integers(0, shape[0], BATCH).astype(np.int32)
+    look, draw = jax.jit(take), jax.nn.initializers.normal()
+    placed = {}
+    for name, r in results.items():
+        placed[name] = parse_spec(r["spec"]).init(jax.random.key(0), shape, draw, table=True)
+        jax.block_until_ready(look(placed[name], ids))
     taken: dict[str, list[float]] = {name: [] for name in placed}
     for _ in range(ROUNDS):
         for name, node in placed.items():
@@ -191,7 +196,9 @@ def lookups(nodes: dict[str, Any], jax: Any) -> dict[str, float]:
                 begin = time.perf_counter()
                 jax.block_until_ready(look(node, ids))
                 taken[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(seconds)) for name, seconds in taken.items()}
+    for name, seconds in taken.items():
+        results[name]["lookup_ms"] = 1e3 * float(np.median(seconds))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def print_table() -> None:
@@ -199,7 +206,7 @@ def print_table() -> None:
     widths = [len(head) + 2 for head in heads]
     print(f"    {'table':44}" + "".join(head.rjust(w) for head, w in zip(heads, widths, strict=True)))
     for name, r in json.loads(RESULTS.read_text()).items():
-        cells = [f"{r['bytes'] / 1e6:.2f}", f"{r.get('weighted_error', 0):.4f}", f"{r['cosine']:.4f}"]
+        cells = [f"{r['bytes'] / 1e6:.2f}", f"{r['weighted_error']:.4f}", f"{r['cosine']:.4f}"]
         cells += [f"{r['spearman']:.4f}", f"{r['lookup_ms']:.2f}", f"{r.get('seconds_to_make', 0):.0f}"]
         print(f"    {name:44}" + "".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
 
@@ -226,13 +233,16 @@ def plot() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "table", "plot"])
+    parser.add_argument("action", choices=["run", "lookup", "table", "plot"])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(FORMS)}; default: all")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in FORMS]
     if unknown:
         parser.error(f"unknown form {unknown[0]!r}; known: {', '.join(FORMS)}")
-    {"run": lambda: run(arguments.names or list(FORMS)), "table": print_table, "plot": plot}[arguments.action]()
+    if arguments.action == "run":
+        run(arguments.names or list(FORMS))
+    else:
+        {"lookup": lookups, "table": print_table, "plot": plot}[arguments.action]()
 
 
 if __name__ == "__main__":
