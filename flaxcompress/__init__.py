@@ -1,12 +1,16 @@
 """flaxcompress: makes transformers smaller and faster in JAX/Flax and hands them back to PyTorch."""
 
 from flaxcompress.compress import (
+    AutoencodeEmbedding,
     BitsFor,
     FactorizeEmbedding,
     Heal,
     LowRank,
     Quantize,
     Recipe,
+    SeparableConvolutions,
+    Tensorize,
+    TensorTrainEmbedding,
     TierSetting,
     Trim,
     TrimVocabulary,
@@ -31,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assets",
+    "AutoencodeEmbedding",
     "BitsFor",
     "CalibrationText",
     "Classification",
@@ -52,7 +57,10 @@ __all__ = [
     "Recipe",
     "Report",
     "Rotary",
+    "SeparableConvolutions",
     "Sharing",
+    "TensorTrainEmbedding",
+    "Tensorize",
     "Terms",
     "TierSetting",
     "Trim",
