@@ -129,7 +129,7 @@ def data(name: str) -> Path:
     return Path(folder) / name
 
 
-def run(names: list[str]) -> None:
+def run(names: list[str], factors: list[int]) -> None:
     import flaxcompress as fc
     from flaxcompress import tree
     from flaxcompress.compress.tiers import token_weights
@@ -151,7 +151,8 @@ def run(names: list[str]) -> None:
         found = fc.evaluate(original, "sts", data=data("stsb/dev.tsv.gz"))
         size = {"bytes": table.nbytes, "spec": {"kind": "dense"}}
         results["original"] = {**size, "weighted_error": 0.0, "cosine": 1.0, "spearman": found["spearman"]}
-    wanted = [(4, name) for name in names] + [(8, name) for name in names if name in SMALLEST]
+    wanted = [(4, name) for name in names if 4 in factors]
+    wanted += [(8, name) for name in names if 8 in factors and name in SMALLEST]
     for factor, name in wanted:
         if (label := f"{name}, {factor}x") in results:
             continue
@@ -235,12 +236,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "lookup", "table", "plot"])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(FORMS)}; default: all")
+    parser.add_argument("--factor", type=int, nargs="*", choices=[4, 8], default=[4, 8], help="how many times smaller")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in FORMS]
     if unknown:
         parser.error(f"unknown form {unknown[0]!r}; known: {', '.join(FORMS)}")
     if arguments.action == "run":
-        run(arguments.names or list(FORMS))
+        run(arguments.names or list(FORMS), arguments.factor)
     else:
         {"lookup": lookups, "table": print_table, "plot": plot}[arguments.action]()
 
