@@ -37,7 +37,8 @@ def run() -> None:
     flat = tree.View(model.params)
     calibration = Calibration(calibration_text(), model.assets, vocabulary=model.config.vocabulary)
     moments = calibration.input_moments(model, sentences=SENTENCES)
-    results = []
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = {(r["kernel"], r["keep"], r["form"]) for r in results}
     for address in KERNELS:
         w, c = np.asarray(flat[address], np.float64), moments[address.removesuffix("/kernel")]
         n, m = w.shape
@@ -47,8 +48,11 @@ def run() -> None:
             factors = linalg.output_pca(w, rank, c)
             left = (factors.spectrum[rank:] ** 2).sum() / total
             entry = {"kernel": address, "keep": keep, "form": "low rank", "values": rank * (n + m) / (n * m)}
-            results.append({**entry, "error": float(left), "flops": rank * (n + m) / (n * m), "seconds": 0.0})
+            if (address, keep, "low rank") not in done:
+                results.append({**entry, "error": float(left), "flops": rank * (n + m) / (n * m), "seconds": 0.0})
             for kind in ("tucker", "cp", "tensor_train"):
+                if (address, keep, kind) in done:
+                    continue
                 step = Tensorize(pattern=address, kind=kind, keep=keep)
                 spec = parse_spec(step.plan(model.config).format_rule(address))
                 assert isinstance(spec, DecomposedSpec)
