@@ -29,12 +29,11 @@ Result (`token_tables.json`; times on a core shared with some ten other processe
     tensor train, blocks weighted, 8x            5.71          0.7170  0.3624     0.7298     1197.97          23
 
 Tiers win by far at a quarter. At an eighth they win on docstrings, the kind of text that the weights come from, but not
-on STS-B: the weights leave rank 5 to the 21,522 light rows. A tensor over the columns is no better than
-the matrix: Tucker (the best of three choices of columns' ranks) equals low rank, CP is behind it. Tensor trains, whose
-digits cut ids that have nothing in common, are last, and slowest to look up by two orders of magnitude: here
-their ranks are 107 and 75. Weights by block of ids help them most (0.55 against 0.34). 200 steps of Adam on
-squared error and cosine lower that loss from 0.33836 to 0.33803, and gain 0.007 of cosine: as `compress_matrix` says,
-little is left beyond the SVD.
+on STS-B: the weights leave rank 5 to the 21,522 light rows. A tensor over the columns is no better than the matrix:
+Tucker (the best of three choices of columns' ranks) equals low rank, CP is behind it. Tensor trains, whose digits cut
+ids that have nothing in common, are last, and slowest to look up by two orders of magnitude: here their ranks are 107
+and 75. Weights by block of ids help them (0.55 against 0.34). 200 steps of Adam on squared error and cosine lower that
+loss from 0.33836 to 0.33803, and gain 0.007 of cosine: as `compress_matrix` says, little is left beyond the SVD.
 
 Cost: nine minutes of processor time, one core.
 """
