@@ -1,6 +1,7 @@
 """flaxcompress: makes transformers smaller and faster in JAX/Flax and hands them back to PyTorch."""
 
 from flaxcompress.compress import (
+    AutoencodeEmbedding,
     BitsFor,
     DropLayers,
     FactorizeEmbedding,
@@ -9,7 +10,10 @@ from flaxcompress.compress import (
     LowRank,
     Quantize,
     Recipe,
+    SeparableConvolutions,
     Share,
+    Tensorize,
+    TensorTrainEmbedding,
     TierSetting,
     ToLatentAttention,
     Trim,
@@ -35,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assets",
+    "AutoencodeEmbedding",
     "BitsFor",
     "CalibrationText",
     "Classification",
@@ -58,8 +63,11 @@ __all__ = [
     "Recipe",
     "Report",
     "Rotary",
+    "SeparableConvolutions",
     "Share",
     "Sharing",
+    "TensorTrainEmbedding",
+    "Tensorize",
     "Terms",
     "TierSetting",
     "ToLatentAttention",

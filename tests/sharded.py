@@ -46,7 +46,7 @@ FORMATS = {  # {name: {pattern: spec}}
     "low_rank-odd": {_KERNEL: _low_rank(5), _TABLE: _low_rank(7)},
     "tensor_train": {_ATTENTION: _TRAIN, _TABLE: {**_TRAIN, "rows": [5, 8]}},
     "cp": {_ATTENTION: _CP, _TABLE: {**_CP, "rows": [40]}},
-    "tucker": {_ATTENTION: _TUCKER, _TABLE: {**_TUCKER, "rows": [5, 8], "ranks": [4, 8, 8, 4]}},
+    "tucker": {_ATTENTION: _TUCKER, _TABLE: {**_TUCKER, "rows": [5, 8], "ranks": [4, 8, 4, 4]}},
     "quantized": {_KERNEL: INT4, _TABLE: INT8},
     "quantized-low_rank": {_KERNEL: _low_rank(8, INT8, INT4), _TABLE: _low_rank(16, INT4, INT8)},
     "banded": {_TABLE: _low_rank(16, _BANDED, INT8)},

@@ -49,17 +49,18 @@ def spec_of_rank(kind: Kind, rows: tuple[int, ...], columns: tuple[int, ...], ra
 def spec_within(kind: Kind, rows: tuple[int, ...], columns: tuple[int, ...], values: float) -> DecomposedSpec:
     """The spec of the highest ranks that holds at most so many values (one of rank 1 where none does).
 
-    Tucker's ranks shrink in proportion, each mode's from its full rank.
+    Where the inputs are one mode, Tucker's rank shrinks in it alone: that is where trained kernels are redundant
+    (experiments/tensor_kernels.py), since their outputs have no order. Otherwise, all shrink in proportion.
     """
     if kind == "tucker":
         whole = TuckerSpec(rows=rows, columns=columns, ranks=max(rows + columns))  # pyright: ignore[reportArgumentType]
         full = whole.full_ranks()
-        steps = max(full)
+        first = len(rows) == 1 and dataclasses.replace(whole, ranks=(1, *full[1:])).values() <= values
+        steps = full[0] if first else max(full)
 
         def make(step: int) -> DecomposedSpec:
-            return TuckerSpec(
-                rows=rows, columns=columns, ranks=whole.useful(tuple(max(1, f * step // steps) for f in full))
-            )
+            cut = (step, *full[1:]) if first else tuple(max(1, f * step // steps) for f in full)
+            return dataclasses.replace(whole, ranks=cut if first else whole.useful(cut))
     else:
         steps = linalg.full_cp_rank(rows + columns) if kind == "cp" else max(rows) * max(columns) * max(rows + columns)
 

@@ -412,9 +412,11 @@ class Tucker(Modes):
         return self.by_modes(left, True, False)
 
     def take(self, ids):
-        y = self.core.float().reshape(1, -1).expand(ids.numel(), -1)
-        for factor, digit in zip(self.half(False), self.digits(ids.reshape(-1)), strict=True):
-            y = torch.einsum("bp,bpz->bz", factor.float()[digit], y.reshape(len(y), factor.shape[1], -1))
+        at = self.digits(ids.reshape(-1))
+        first, *others = (factor.float()[digit] for factor, digit in zip(self.half(False), at, strict=True))
+        y = first @ self.core.float().flatten(1)
+        for chosen in others:
+            y = torch.einsum("bp,bpz->bz", chosen, y.reshape(*chosen.shape, -1))
         return self.by_modes(y, True, False).reshape(*ids.shape, -1)
 
 

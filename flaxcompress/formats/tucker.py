@@ -64,12 +64,14 @@ class Tucker(Decomposed):
 
     def take(self, ids):
         flat = jnp.clip(ids, 0, self.rows - 1).reshape(-1)
-        y = self.core.astype(jnp.float32).reshape(1, -1)
-        for factor, digit in zip(self._half(columns=False), digits(flat, self._sizes(columns=False)), strict=True):
-            chosen = jnp.take(factor, digit, axis=0).astype(jnp.float32)
-            step = "op,opz->oz" if len(y) > 1 else "op,pz->oz"
-            y = y.reshape(len(y), factor.shape[-1], -1)
-            y = jnp.einsum(step, chosen, y if len(y) > 1 else y[0], precision=_EXACT)
+        at = digits(flat, self._sizes(columns=False))
+        first, *others = (
+            jnp.take(factor, digit, axis=0).astype(jnp.float32)  # [B, p_k]
+            for factor, digit in zip(self._half(columns=False), at, strict=True)
+        )
+        y = _product("bp,pz->bz", first, self.core.reshape(first.shape[-1], -1))
+        for chosen in others:
+            y = jnp.einsum("bp,bpz->bz", chosen, y.reshape(*chosen.shape, -1), precision=_EXACT)
         return _by_modes(y, self._half(columns=True), "bqz,cq->bzc").reshape(*ids.shape, -1)
 
     def materialize(self):
