@@ -37,8 +37,8 @@ def compress_matrix(
     """The rank-R approximation of [W_K | β W_V] of least error in the metric; β makes both parts' energies equal.
 
     The error is E‖x(W - Ŵ)‖² over inputs x with moments C (CARE; SVD-LLM), a key's e counted as e·G·eᵀ and a value's as
-    e·O·eᵀ: with G the second moment of the queries that meet the key it is the error of the scores, and with O = W_O·W_Oᵀ
-    that of the layer's output. None is the identity. The balance of the two parts is TransMLA's (Meng et al. 2025).
+    e·O·eᵀ: with G the second moment of the queries that meet the key it is the error of the scores, and with O the
+    output's W_O·W_Oᵀ that of the layer's output. None is the identity. The balance is TransMLA's (Meng et al. 2025).
 
     Raises ValueError for a rank outside 1 … min(n, K(p + d)).
     """

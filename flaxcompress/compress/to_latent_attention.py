@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,8 +144,8 @@ class ToLatentAttention(Step):
         width, most = scored if width is None else width, scored * config.groups
         if width % 2 or not 2 <= width <= most:
             raise ValueError(
-                f"ToLatentAttention: rotary {width} is not an even number in 2 … {most} ({config.groups} heads of keys, "
-                f"{scored} wide)"
+                f"ToLatentAttention: rotary {width} is not an even number in 2 … {most} ({config.groups} heads of "
+                f"keys, {scored} wide)"
             )
         return width
 
@@ -155,10 +155,10 @@ class ToLatentAttention(Step):
         rank = int(self.keep * cached) - shared if self.keep is not None else self.rank
         most = min(config.width, columns, cached - shared)
         if rank is None or not 1 <= rank <= most:
+            given = "" if self.keep is None else f"keep {self.keep} gives "
             raise ValueError(
-                f"ToLatentAttention: {f'keep {self.keep} gives ' if self.keep is not None else ''}rank {rank}, which is "
-                f"not in 1 … {most}; beside a shared key of {shared}, a cache of {cached} numbers per token and layer "
-                "has to become smaller"
+                f"ToLatentAttention: {given}rank {rank}, which is not in 1 … {most}; beside a shared key of {shared}, "
+                f"the latent must not make the cache of {cached} numbers per token and layer larger"
             )
         return rank
 
@@ -254,7 +254,8 @@ def _convert(
         scores = np.einsum("nhp,nm,mhq->hpq", plain, layer.extended, plain, optimize=True)
         outputs = np.einsum("hvd,hwd->hvw", layer.output, layer.output)
         metrics = {"key_metric": scores, "value_metric": outputs}
-        metrics = {name: m.reshape(groups, -1, *m.shape[1:]).sum(1) for name, m in metrics.items()}
+        of_group = (groups, heads // groups)
+        metrics = {name: m.reshape(*of_group, *m.shape[1:]).sum(1) for name, m in metrics.items()}
     joint = compress_matrix(own[:-1], layer.value[:-1], kind.key_value_rank, moments=layer.moments, **metrics)
     each = [np.repeat(part, heads // groups, 1) for part in (joint.key, joint.value)]
     out["latent/kernel"] = np.concatenate([joint.latent, shared[:-1]], 1)
@@ -268,7 +269,7 @@ def _convert(
 
 
 def _plain(pairs: Pairs, count: int, heads: int) -> list[int]:
-    """The frequencies of which something is left without positions: known ahead for one head, and where all are kept."""
+    """The frequencies of which something may be left without positions, as far as that follows from shapes alone."""
     if heads == 1:
         return [pair for pair in range(count) if pair not in pairs]
     return [] if len(pairs) == count * heads else list(range(count))
