@@ -117,7 +117,7 @@ class ToLatentAttention(Step):
         found = rotations = [None for _ in sets]
         if planned.rotary is not None:
             rotations = self._rotations(model, context)
-            found = [layer.components(rotation) for layer, rotation in zip(layers, rotations, strict=True)]
+            found = [layer.components(rotation.lost) for layer, rotation in zip(layers, rotations, strict=True)]
             losses = np.sum([each.energy for each in found], 0)
             pairs = choose_pairs(losses, planned.rotary_dim // 2)
             planned = planned.replace(rotary=dataclasses.replace(planned.rotary, pairs=pairs))
@@ -162,8 +162,8 @@ class ToLatentAttention(Step):
             )
         return rank
 
-    def _rotations(self, model: Model, context: Context) -> list[np.ndarray]:
-        """What stands for the rotations of every weight set's heads, [H, p]."""
+    def _rotations(self, model: Model, context: Context) -> list[_Rotation]:
+        """What stands for the rotations of every weight set's heads."""
         config = model.config
         if self.whitening == "activation":
             batches = context.need(self).batches(_SENTENCES, pad=config.pad_token)
@@ -176,8 +176,16 @@ class ToLatentAttention(Step):
             uses = [layer for layer, used in enumerate(config.sharing.attention) if used == number]
             local = all(config.local[layer] for layer in uses)
             turned = frequencies(config.rotary, config.query_key_dim, local=local)
-            out.append(mean_rotation(turned, shares[uses].mean(0)))
+            mean = mean_rotation(turned, shares[uses].mean(0))
+            out.append(_Rotation(mean, np.sqrt(np.maximum(1 - np.abs(mean) ** 2, 0.0))))
         return out
+
+
+class _Rotation(NamedTuple):
+    """What queries are multiplied by where keys are not turned, and what share of a score is lost by that, [H, p]."""
+
+    mean: np.ndarray
+    lost: np.ndarray
 
 
 class _Layer(NamedTuple):
@@ -215,9 +223,8 @@ class _Layer(NamedTuple):
             moments,
         )
 
-    def components(self, rotation: np.ndarray) -> Components:
+    def components(self, lost: np.ndarray) -> Components:
         """Of the keys; what a component loses with its positions is its energy."""
-        lost = np.sqrt(np.maximum(1 - np.abs(rotation) ** 2, 0.0))
         return components(self.query * np.concatenate([lost, lost], -1), self.key, self.extended)
 
     @property
@@ -230,7 +237,7 @@ class _Layer(NamedTuple):
 
 
 def _convert(
-    layer: _Layer, config: ModelConfig, found: Components | None, rotation: np.ndarray | None, weighted: bool
+    layer: _Layer, config: ModelConfig, found: Components | None, rotation: _Rotation | None, weighted: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """{name of a matrix: what latent attention has there} of one weight set, and the spectrum that was cut."""
     kind, heads = _latent(config), layer.query.shape[1]
@@ -239,7 +246,7 @@ def _convert(
     shared = np.zeros((len(query), 0))
     if found is not None and rotation is not None and config.rotary is not None:
         pairs = config.rotary.pairs or ()
-        parts = split(query, own, found, pairs, rotation, _plain(pairs, rotation.shape[1], groups))
+        parts = split(query, own, found, pairs, rotation.mean, _plain(pairs, rotation.mean.shape[1], groups))
         query, own, shared = (
             np.concatenate([parts.plain_query, parts.turned_query], -1),
             parts.own_key,
