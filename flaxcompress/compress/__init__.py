@@ -10,6 +10,8 @@ from flaxcompress.compress.run import compress
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
 from flaxcompress.compress.tiers import TierSetting
 from flaxcompress.compress.to_latent_attention import ToLatentAttention
+from flaxcompress.compress.to_linformer import ToLinformer
+from flaxcompress.compress.to_nystrom import ToNystrom
 from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
@@ -26,6 +28,8 @@ __all__ = [
     "Step",
     "TierSetting",
     "ToLatentAttention",
+    "ToLinformer",
+    "ToNystrom",
     "Trim",
     "TrimVocabulary",
     "compress",
