@@ -6,8 +6,8 @@ Question: a model's quality against the numbers that a cache keeps per token and
   joint, plain      `ToLatentAttention(whitening="none")`: one latent for both
   joint, whitened   `ToLatentAttention()`: weighted by inputs, queries and the output's map
 and, in models with rotary positions, where joint forms have a shared key of one head's width,
-  rotations dropped the last, but what the latent carries loses its positions as it is (as MHA2MLA and TransMLA leave it),
-                    instead of getting the mean of its rotations over the distances that the head attends to.
+  rotations dropped the last, but what the latent carries loses its positions as it is (as MHA2MLA and TransMLA leave
+                    it), instead of getting the mean of its rotations over the distances that the head attends to.
 The forms apart keep rotary positions whole, but have to expand and turn all cached keys for every new token.
 
 Command (results are added to experiments/attention_conversion.json):
@@ -50,7 +50,7 @@ def data(name: str) -> Path:
 
 
 def stories() -> list[str]:
-    text = gzip.open(data("tinystories/sample_2mib.txt.gz"), "rt", encoding="utf-8").read()
+    text = gzip.decompress(data("tinystories/sample_2mib.txt.gz").read_bytes()).decode()
     return [" ".join(story.split()) for story in text.split("<|endoftext|>")[:-1]]
 
 
@@ -87,7 +87,7 @@ def converted(model: Any, context: Any, method: str, share: float) -> Any:
 
 def vectors(original: Any) -> Callable[[Any], float]:
     """Mean cosine to the original's sentence vectors."""
-    lines = gzip.open(data("stsb/dev.tsv.gz"), "rt", encoding="utf-8").read().split("\n")[1:301]
+    lines = gzip.decompress(data("stsb/dev.tsv.gz").read_bytes()).decode().split("\n")[1:301]
     texts = [line.split("\t")[-1] for line in lines]
     want = original.encode(texts)
     return lambda model: float((model.encode(texts) * want).sum(1).mean())
@@ -135,13 +135,10 @@ def table() -> None:
         sizes = list(dict.fromkeys(row["numbers"] for row in rows))
         found = {(row["method"], row["numbers"]): row["value"] for row in rows}
         print(f"{name:<20}" + "".join(f"{size:>10}" for size in sizes))
+        shown = lambda value: "" if value is None else f"{value:.4f}" if value < 1 else f"{value:.2f}"  # noqa: E731
         for method in ("original", *METHODS):
-            cells = [found.get((method, size)) for size in sizes]
-            if any(cell is not None for cell in cells):
-                print(
-                    f"{method:<20}"
-                    + "".join(f"{'' if c is None else f'{c:.4f}' if c < 1 else f'{c:.2f}':>10}" for c in cells)
-                )
+            if any(row["method"] == method for row in rows):
+                print(f"{method:<20}" + "".join(f"{shown(found.get((method, size))):>10}" for size in sizes))
 
 
 def plot() -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float
 
 from flaxcompress import tree
-from flaxcompress.compress.calibrate import Batch
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import Linformer, ModelConfig
 from flaxcompress.encoding import compute_dtype, lookup
@@ -53,9 +52,7 @@ class ToLinformer(Step):
     def plan(self, config: ModelConfig) -> ModelConfig:
         if config.attention is not None or config.decoder is not None:
             found = "a decoder" if config.attention is None else f"{config.attention.kind} attention"
-            raise ValueError(
-                f"ToLinformer: only encoders with full attention can be turned, and this model has {found}"
-            )
+            raise ValueError(f"ToLinformer: only encoders with full attention can be turned; this model has {found}")
         planned = config.replace(attention=Linformer(length=self.length, sharing=self.sharing))
         rule = {"kind": "dense", "dtype": "float32"}
         for address in abstract_flat(planned):  # rules for tables are not meant for these
@@ -67,7 +64,7 @@ class ToLinformer(Step):
         del key
         config, planned = model.config, self.plan(model.config)
         batches = context.need(self).batches(self.sentences, pad=config.pad_token)
-        inputs = [_attention_inputs(model, batch) for batch in batches]
+        inputs = [_attention_inputs(model, *(part[:, : config.positions] for part in batch)) for batch in batches]
         heads = config.groups if self.sharing == "none" else 1
         start = np.broadcast_to(interleaved(config.positions, self.length), (heads, config.positions, self.length))
         changes = {}
@@ -149,13 +146,12 @@ class _Watched(Attention):
         return y, probabilities
 
 
-def _attention_inputs(model: Model, batch: Batch) -> tuple[list[jax.Array], Any]:
+def _attention_inputs(model: Model, ids: np.ndarray, mask: np.ndarray) -> tuple[list[jax.Array], Any]:
     """What each layer's attention reads, and what all layers see beside it."""
-    ids, mask = jnp.asarray(batch[0]), jnp.asarray(batch[1])
-    config = model.config.replace(formats=())
-    vectors = lookup(model.params["embedding"]["token"], batch[0].reshape(-1)).reshape(*batch[0].shape, -1)
-    _, shared = first_input(model.params, ids, config, compute_dtype(), mask, vectors)
-    segments = _recorded(model.params, ids, mask, model.config, compute_dtype())
+    vectors = lookup(model.params["embedding"]["token"], ids.reshape(-1)).reshape(*ids.shape, -1)
+    given, dtype = (jnp.asarray(ids), jnp.asarray(mask)), compute_dtype()
+    _, shared = first_input(model.params, given[0], model.config.replace(formats=()), dtype, given[1], vectors)
+    segments = _recorded(model.params, *given, model.config, dtype)
     return [x for _, stacked in segments for x in stacked], shared
 
 

@@ -24,7 +24,8 @@ class ToNystrom(Step):
     Attributes:
       landmarks: m, how many segments of tokens stand for a sequence.
       iterations: of the pseudo-inverse.
-      convolution: width of a depthwise convolution over the values, odd; it begins at zero, for healing to use. 0: none.
+      convolution: width of a depthwise convolution over the values, odd, which begins at zero for healing to use; 0:
+        none.
     """
 
     landmarks: int
@@ -34,7 +35,7 @@ class ToNystrom(Step):
     def plan(self, config: ModelConfig) -> ModelConfig:
         if config.attention is not None or config.decoder is not None:
             found = "a decoder" if config.attention is None else f"{config.attention.kind} attention"
-            raise ValueError(f"ToNystrom: only encoders with full attention can be turned, and this model has {found}")
+            raise ValueError(f"ToNystrom: only encoders with full attention can be turned; this model has {found}")
         settings = {"landmarks": self.landmarks, "iterations": self.iterations, "convolution": self.convolution}
         return config.replace(attention=Nystrom(**settings))
 
