@@ -122,7 +122,7 @@ class Network:
             self.add_taps(f"{address}/depthwise", c["feed_forward_kernel"], c["width"])
 
     def _declare_deltas(self, number, layer):
-        """Two factors for each linear map that they change, of which the shapes are those in a layer that uses them."""
+        """Two factors, and a bias, for each linear map that they change, shaped as in a layer that uses them."""
         c, deltas = self.structure, self.structure["deltas"]
         for part in SUBLAYERS:
             base = f"layers/{c['sharing'][part][layer]}/" if part in c["sharing"] else None
@@ -131,6 +131,8 @@ class Network:
                 if base and target.startswith(f"{part}/") and any(re.fullmatch(p, target) for p in deltas["targets"]):
                     self._add(f"layers/{number}/deltas/{target}/down", (n, deltas["rank"]))
                     self._add(f"layers/{number}/deltas/{target}/up", (deltas["rank"], m))
+                    if deltas.get("bias") and hasattr(self.root, f"{self.prefix}{address}/bias"):
+                        self.add_vector(f"layers/{number}/deltas/{target}/bias", m)
 
     def _add(self, address, shape, table=False):
         address = self.prefix + address
@@ -179,7 +181,8 @@ class Network:
             return y
         deltas = self.structure["deltas"]
         scale = 1.0 if deltas["alpha"] is None else deltas["alpha"] / deltas["rank"]
-        return y + matmul(matmul(x, self.weight(f"{delta}/down")), self.weight(f"{delta}/up")) * scale
+        y = y + matmul(matmul(x, self.weight(f"{delta}/down")), self.weight(f"{delta}/up")) * scale
+        return y + self.weight(f"{delta}/bias").to(x.dtype) if self.has(f"{delta}/bias") else y
 
     def depthwise(self, x, address, before=None):
         """A depthwise convolution over the sequence, causal in causal models."""
