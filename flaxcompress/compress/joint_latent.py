@@ -54,7 +54,7 @@ def compress_matrix(
         np.split(factors.right, [scaled[0][0].shape[1]], 1), (key, value), roots, scaled, strict=True
     ):
         parts.append(np.einsum("rkp,kpq->rkq", part.reshape(rank, *kernel.shape[1:]), inverse) * size)
-    return JointLatent(factors.left, *parts, factors.spectrum)
+    return JointLatent(factors.left, parts[0], parts[1], factors.spectrum)
 
 
 def _size(kernel: np.ndarray, moments: np.ndarray | None) -> float:
@@ -67,7 +67,8 @@ def _root(metric: np.ndarray | None, kernel: np.ndarray) -> tuple[np.ndarray, np
     """(M^½, M^-½) of every head's metric, its eigenvalues floored."""
     heads, width = kernel.shape[1:]
     if metric is None or not width:
-        return (np.broadcast_to(np.eye(width), (heads, width, width)),) * 2
+        same = np.broadcast_to(np.eye(width), (heads, width, width))
+        return same, same
     values, vectors = np.linalg.eigh(metric)
     values = np.maximum(values, _FLOOR * values.mean() + np.finfo(np.float64).tiny)
     turned = vectors.swapaxes(1, 2)

@@ -183,8 +183,8 @@ def _fit_parts(config: ModelConfig, params: Any, x: jax.Array, shared: Any, keys
 @functools.partial(jax.jit, static_argnums=0)
 def _watch(config: ModelConfig, params: Any, x: jax.Array, shared: Any, keys: jax.Array) -> Any:
     """(probabilities over projected keys [B, H, T, k], values [B, S, K, d], outputs [B, T, H, d])."""
-    _, kept = _Watched(config, "").apply({"params": params}, x, shared, mutable=[_SEEN])
-    query, key, value, y = kept[_SEEN]["parts"][0]
+    found: Any = _Watched(config, "").apply({"params": params}, x, shared, mutable=[_SEEN])
+    query, key, value, y = found[1][_SEEN]["parts"][0]
     rows = keys.swapaxes(0, 1)[: x.shape[1]]  # [S, h, k]
     projected = project_places(key, rows, shared.real)
     return attention_probabilities(query, projected, None, None, scale=config.attention_scale), value, y
