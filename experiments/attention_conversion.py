@@ -49,8 +49,8 @@ numbers between a token and its keys and values), the first that of full attenti
     rotations dropped                    2.53      2.60      4.45
 
 Without rotary positions one latent for both is better at every size once errors are weighed, and exact at the width of
-the model. With them the shared key takes its part of the cache first: at 16 numbers it has 8 of stories260K's, and the
-forms apart, which keep their positions, are better. Which pairs keep their positions, and what stands for the others,
+the model. With them the shared key takes its part of the cache first: of stories260K's 16 numbers it has 8, and the
+whitened form apart, which keeps its positions, is better there, and as good at 48. Which pairs keep their positions, and what stands for the others,
 has to come from the attention: by the weights alone ("joint, plain") conversion is no start.
 """
 
