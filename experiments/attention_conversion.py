@@ -50,8 +50,9 @@ numbers between a token and its keys and values), the first that of full attenti
 
 Without rotary positions one latent for both is better at every size once errors are weighed, and exact at the width of
 the model. With them the shared key takes its part of the cache first: of stories260K's 16 numbers it has 8, and the
-whitened form apart, which keeps its positions, is better there, and as good at 48. Which pairs keep their positions, and what stands for the others,
-has to come from the attention: by the weights alone ("joint, plain") conversion is no start.
+whitened form apart, which keeps its positions, is better there, and as good at 48. Which pairs keep their positions,
+and what stands for the others, has to come from the attention: by the weights alone ("joint, plain") conversion is no
+start.
 """
 
 from __future__ import annotations
