@@ -30,6 +30,8 @@ from flaxcompress.compress import (
     TensorTrainEmbedding,
     TierSetting,
     ToLatentAttention,
+    ToLinformer,
+    ToNystrom,
     Trim,
     known_steps,
     step_from_json,
@@ -134,6 +136,8 @@ STEPS = {
     "separable": SeparableConvolutions(projection_kernel=3, feed_forward_kernel=5),
     "latent-activation": ToLatentAttention(rank=9),
     "latent-none": ToLatentAttention(keep=0.2, whitening="none"),
+    "linformer": ToLinformer(length=6, sentences=8, iterations=5),
+    "nystrom": ToNystrom(landmarks=6, convolution=3),
     "quantize-8": Quantize(),
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
@@ -208,9 +212,9 @@ def test_nothing_is_changed_in_place_and_untouched_matrices_stay(name):
 
 @EVERY
 def test_result_is_smaller(name):
-    """But for what only makes more of a model trainable."""
-    bytes_of = applied(STEPS[name]).nbytes
-    assert bytes_of > tiny().nbytes if name == "separable" else bytes_of < tiny().nbytes
+    """But for what only makes more of a model trainable, or saves time on long sequences."""
+    bytes_of, larger = applied(STEPS[name]).nbytes, name in ("separable", "linformer", "nystrom")
+    assert bytes_of > tiny().nbytes if larger else bytes_of < tiny().nbytes
 
 
 @EVERY

@@ -1,4 +1,4 @@
-"""Full attention turned into latent attention: exactness, the mathematics against plain numpy, what it saves, refusals."""
+"""Full attention turned into latent attention: exactness, the mathematics in plain numpy, what it saves, refusals."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ MODELS = {
     "decoder, grouped": {**DECODER, "key_value_heads": 2},
     "decoder, one key": {**DECODER, "key_value_heads": 1, "attention_bias": False},
     "decoder, window": {**DECODER, **{"key_value_heads": 2, "window": 5, "local": (True, False)}},
+    "decoder, chosen pairs": {
+        **DECODER,
+        **{"key_value_heads": 2, "rotary": Rotary(theta=30.0, pairs=(3, 1), pairs_of=8)},
+    },
 }
 
 
@@ -111,6 +115,7 @@ EXACT = {
     "decoder, grouped": {"rank": 8, "rotary": 8},
     "decoder, one key": {"keep": 1.0, "rotary": 4},
     "decoder, window": {"rank": 8, "rotary": 8},
+    "decoder, chosen pairs": {"rank": 8, "rotary": 8, "whitening": "none"},
 }
 SLOW = {"encoder, shared", "decoder", "decoder, one key", "encoder, grouped, narrow, no output bias"}
 
@@ -255,7 +260,7 @@ def test_component_energies_are_the_squared_scores_that_are_lost():
     """At one frequency, of queries and keys drawn apart from each other, so that they are independent."""
     query, key, _ = rotary_case(width=2)
     rng = np.random.default_rng(2)
-    x, y = rng.normal(size=(2, 3000, 9))
+    x = rng.normal(size=(300, 9)) @ rng.normal(size=(9, 9))
     moments = x.T @ x / len(x)
     found = components(query, key, moments)
     assert (np.diff(found.energy, axis=1) <= 0).all()
@@ -288,6 +293,15 @@ def test_attention_distances_equal_a_loop():
                         want[layer, :, 11 + t - s] += p[b, :, t, s]
     np.testing.assert_allclose(got, want / want.sum(-1, keepdims=True), atol=1e-6)
     assert got[0, :, 17:].max() == 0 < got[1, :, 17:].max()  # the first layer sees 5 tokens back
+
+
+def test_a_magnitude_of_rotations_stays_with_what_is_not_turned():
+    """Queries and keys are multiplied by it both."""
+    model, step = model_of("decoder"), ToLatentAttention(rank=4, whitening="none")
+    louder = model.replace(config=model.config.replace(rotary=Rotary(theta=30.0, magnitude=1.5)))
+    plain, scaled = (step._rotations(m, Context(original=m))[0] for m in (model, louder))
+    np.testing.assert_allclose(scaled.mean, 1.5**2 * plain.mean)
+    np.testing.assert_array_equal(scaled.lost, plain.lost)
 
 
 def test_even_distances_are_those_of_all_pairs():
@@ -359,7 +373,7 @@ def test_one_latent_for_both_is_closer_than_one_for_each():
             {"rank": 13},
             "decoder, grouped",
             {},
-            "rank 13, which is not in 1 … 12; beside a shared key of 4, a cache of 16",
+            "rank 13, which is not in 1 … 12; beside a shared key of 4, the latent",
         ),
         ({"keep": 0.25}, "decoder, grouped", {}, "keep 0.25 gives rank 0, which is not in"),
         ({"rank": 4}, "encoder", {"attention": Linformer(length=4)}, "has linformer attention, not full attention"),

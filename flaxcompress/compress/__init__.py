@@ -21,6 +21,8 @@ from flaxcompress.compress.tensor_train_embedding import TensorTrainEmbedding
 from flaxcompress.compress.tensorize import Tensorize
 from flaxcompress.compress.tiers import TierSetting
 from flaxcompress.compress.to_latent_attention import ToLatentAttention
+from flaxcompress.compress.to_linformer import ToLinformer
+from flaxcompress.compress.to_nystrom import ToNystrom
 from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
@@ -48,6 +50,8 @@ __all__ = [
     "Tensorize",
     "TierSetting",
     "ToLatentAttention",
+    "ToLinformer",
+    "ToNystrom",
     "Trim",
     "TrimVocabulary",
     "compress",

@@ -37,8 +37,8 @@ def compress_matrix(
     """The rank-R approximation of [W_K | β W_V] of least error in the metric; β makes both parts' energies equal.
 
     The error is E‖x(W - Ŵ)‖² over inputs x with moments C (CARE; SVD-LLM), a key's e counted as e·G·eᵀ and a value's as
-    e·O·eᵀ: with G the second moment of the queries that meet the key it is the error of the scores, and with O = W_O·W_Oᵀ
-    that of the layer's output. None is the identity. The balance of the two parts is TransMLA's (Meng et al. 2025).
+    e·O·eᵀ: with G the second moment of the queries that meet the key it is the error of the scores, and with O the
+    output's W_O·W_Oᵀ that of the layer's output. None is the identity. The balance is TransMLA's (Meng et al. 2025).
 
     Raises ValueError for a rank outside 1 … min(n, K(p + d)).
     """
@@ -54,7 +54,7 @@ def compress_matrix(
         np.split(factors.right, [scaled[0][0].shape[1]], 1), (key, value), roots, scaled, strict=True
     ):
         parts.append(np.einsum("rkp,kpq->rkq", part.reshape(rank, *kernel.shape[1:]), inverse) * size)
-    return JointLatent(factors.left, *parts, factors.spectrum)
+    return JointLatent(factors.left, parts[0], parts[1], factors.spectrum)
 
 
 def _size(kernel: np.ndarray, moments: np.ndarray | None) -> float:
@@ -67,7 +67,8 @@ def _root(metric: np.ndarray | None, kernel: np.ndarray) -> tuple[np.ndarray, np
     """(M^½, M^-½) of every head's metric, its eigenvalues floored."""
     heads, width = kernel.shape[1:]
     if metric is None or not width:
-        return (np.broadcast_to(np.eye(width), (heads, width, width)),) * 2
+        same = np.broadcast_to(np.eye(width), (heads, width, width))
+        return same, same
     values, vectors = np.linalg.eigh(metric)
     values = np.maximum(values, _FLOOR * values.mean() + np.finfo(np.float64).tiny)
     turned = vectors.swapaxes(1, 2)

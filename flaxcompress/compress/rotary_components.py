@@ -58,7 +58,7 @@ def to_complex(x: Float[np.ndarray, "*B d"]) -> Complex[np.ndarray, "*B p"]:
 
 def to_real(z: Complex[np.ndarray, "*B p"]) -> Float[np.ndarray, "*B d"]:
     """The inverse of `to_complex`."""
-    return np.concatenate([z.real, z.imag], -1)
+    return np.concatenate([np.real(z), np.imag(z)], -1)
 
 
 def components(

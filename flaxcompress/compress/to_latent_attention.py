@@ -14,14 +14,7 @@ from jaxtyping import Float
 from flaxcompress import tree
 from flaxcompress.compress.attention_distances import attention_distances, even_distances, mean_rotation
 from flaxcompress.compress.joint_latent import compress_matrix
-from flaxcompress.compress.rotary_components import (
-    Components,
-    Pairs,
-    choose_pairs,
-    components,
-    split,
-    spread_pairs,
-)
+from flaxcompress.compress.rotary_components import Components, Pairs, choose_pairs, components, split, spread_pairs
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import Latent, ModelConfig
 from flaxcompress.formats import materialize
@@ -29,7 +22,6 @@ from flaxcompress.model import Model, abstract_flat
 from flaxcompress.ops import frequencies
 
 _SENTENCES = 64  # of the calibration text, on which attention is looked at
-_MADE = ("query", "latent", "expand", "output")  # the linear maps of what this step makes
 
 
 @register_step
@@ -74,13 +66,17 @@ class ToLatentAttention(Step):
 
     def plan(self, config: ModelConfig) -> ModelConfig:
         """The structure; which frequencies keep their positions depends on the data, so they are any here."""
+        return self._planned(config, None)
+
+    def _planned(self, config: ModelConfig, pairs: Pairs | None) -> ModelConfig:
+        """The structure where the shared key has these frequencies, places among those of the model's heads."""
         _check(config)
         shared = self._shared_width(config)
         scored, valued, heads = config.query_key_dim, config.head_dim, config.groups
-        pairs, rotary = None, config.rotary
+        rotary = config.rotary
         if rotary is not None:
-            pairs = spread_pairs(scored // 2, heads, shared // 2)
-            rotary = dataclasses.replace(rotary, pairs=pairs, pairs_of=scored)
+            pairs = spread_pairs(scored // 2, heads, shared // 2) if pairs is None else pairs
+            rotary = rotary.with_pairs(pairs, scored)
         own = scored if pairs is None else 2 * len(_plain(pairs, scored // 2, heads))
         kind = Latent(
             key_value_rank=self._rank(config, own * heads + valued * heads, shared),
@@ -99,10 +95,11 @@ class ToLatentAttention(Step):
             key_value_heads=None,
             query_key_width=None,
         )
+        made = ("latent", "expand") if pairs is None else ("query", "latent", "expand")
         for number in range(config.sharing.sets("attention")):
-            for name in _MADE if pairs is not None else _MADE[1:3]:
-                address = f"layers/{number}/attention/{name}/kernel"
-                if name != "output" and not _is_dense(planned, address):
+            for address in (f"layers/{number}/attention/{name}/kernel" for name in made):
+                rule = planned.format_rule(address)
+                if rule is not None and rule["kind"] != "dense":  # the rules were made for other matrices
                     planned = planned.with_format(address, {"kind": "dense", "dtype": "float32"})
         return planned
 
@@ -115,16 +112,17 @@ class ToLatentAttention(Step):
         sets = range(config.sharing.sets("attention"))
         layers = [_Layer.read(model, number, moments.get(f"layers/{number}/attention/key")) for number in sets]
         found = rotations = [None for _ in sets]
-        if planned.rotary is not None:
+        pairs: Pairs = ()
+        if config.rotary is not None:
             rotations = self._rotations(model, context)
-            found = [layer.components(rotation) for layer, rotation in zip(layers, rotations, strict=True)]
+            found = [layer.components(rotation.lost) for layer, rotation in zip(layers, rotations, strict=True)]
             losses = np.sum([each.energy for each in found], 0)
             pairs = choose_pairs(losses, planned.rotary_dim // 2)
-            planned = planned.replace(rotary=dataclasses.replace(planned.rotary, pairs=pairs))
+            planned = self._planned(config, pairs)
         shapes, view = abstract_flat(planned), tree.View(model.params)
         changes: dict[str, np.ndarray] = {}
         for number, layer, each, rotation in zip(sets, layers, found, rotations, strict=True):
-            made, spectrum = _convert(layer, planned, each, rotation, self.whitening == "activation")
+            made, spectrum = _convert(layer, planned, each, rotation, pairs, self.whitening == "activation")
             address = f"layers/{number}/attention"
             changes |= {f"{address}/{name}": array for name, array in made.items()}
             context.keep_spectrum(f"{address}/expand", spectrum, _latent(planned).key_value_rank)
@@ -144,8 +142,8 @@ class ToLatentAttention(Step):
         width, most = scored if width is None else width, scored * config.groups
         if width % 2 or not 2 <= width <= most:
             raise ValueError(
-                f"ToLatentAttention: rotary {width} is not an even number in 2 … {most} ({config.groups} heads of keys, "
-                f"{scored} wide)"
+                f"ToLatentAttention: rotary {width} is not an even number in 2 … {most} ({config.groups} heads of "
+                f"keys, {scored} wide)"
             )
         return width
 
@@ -155,15 +153,15 @@ class ToLatentAttention(Step):
         rank = int(self.keep * cached) - shared if self.keep is not None else self.rank
         most = min(config.width, columns, cached - shared)
         if rank is None or not 1 <= rank <= most:
+            given = "" if self.keep is None else f"keep {self.keep} gives "
             raise ValueError(
-                f"ToLatentAttention: {f'keep {self.keep} gives ' if self.keep is not None else ''}rank {rank}, which is "
-                f"not in 1 … {most}; beside a shared key of {shared}, a cache of {cached} numbers per token and layer "
-                "has to become smaller"
+                f"ToLatentAttention: {given}rank {rank}, which is not in 1 … {most}; beside a shared key of {shared}, "
+                f"the latent must not make the cache of {cached} numbers per token and layer larger"
             )
         return rank
 
-    def _rotations(self, model: Model, context: Context) -> list[np.ndarray]:
-        """What stands for the rotations of every weight set's heads, [H, p]."""
+    def _rotations(self, model: Model, context: Context) -> list[_Rotation]:
+        """What stands for the rotations of every weight set's heads."""
         config = model.config
         if self.whitening == "activation":
             batches = context.need(self).batches(_SENTENCES, pad=config.pad_token)
@@ -176,8 +174,17 @@ class ToLatentAttention(Step):
             uses = [layer for layer, used in enumerate(config.sharing.attention) if used == number]
             local = all(config.local[layer] for layer in uses)
             turned = frequencies(config.rotary, config.query_key_dim, local=local)
-            out.append(mean_rotation(turned, shares[uses].mean(0)))
+            mean = mean_rotation(turned, shares[uses].mean(0))
+            lost = np.sqrt(np.maximum(1 - np.abs(mean) ** 2, 0.0))
+            out.append(_Rotation(mean * config.rotary.magnitude**2, lost))
         return out
+
+
+class _Rotation(NamedTuple):
+    """What queries are multiplied by where keys are not turned, and what share of a score is lost by that, [H, p]."""
+
+    mean: np.ndarray
+    lost: np.ndarray
 
 
 class _Layer(NamedTuple):
@@ -215,9 +222,8 @@ class _Layer(NamedTuple):
             moments,
         )
 
-    def components(self, rotation: np.ndarray) -> Components:
+    def components(self, lost: np.ndarray) -> Components:
         """Of the keys; what a component loses with its positions is its energy."""
-        lost = np.sqrt(np.maximum(1 - np.abs(rotation) ** 2, 0.0))
         return components(self.query * np.concatenate([lost, lost], -1), self.key, self.extended)
 
     @property
@@ -230,21 +236,22 @@ class _Layer(NamedTuple):
 
 
 def _convert(
-    layer: _Layer, config: ModelConfig, found: Components | None, rotation: np.ndarray | None, weighted: bool
+    layer: _Layer,
+    config: ModelConfig,
+    found: Components | None,
+    rotation: _Rotation | None,
+    pairs: Pairs,
+    weighted: bool,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """{name of a matrix: what latent attention has there} of one weight set, and the spectrum that was cut."""
     kind, heads = _latent(config), layer.query.shape[1]
     groups = layer.key.shape[1]
     query, own, out = layer.query, layer.key, {}
     shared = np.zeros((len(query), 0))
-    if found is not None and rotation is not None and config.rotary is not None:
-        pairs = config.rotary.pairs or ()
-        parts = split(query, own, found, pairs, rotation, _plain(pairs, rotation.shape[1], groups))
-        query, own, shared = (
-            np.concatenate([parts.plain_query, parts.turned_query], -1),
-            parts.own_key,
-            parts.shared_key,
-        )
+    if found is not None and rotation is not None:
+        parts = split(query, own, found, pairs, rotation.mean, _plain(pairs, rotation.mean.shape[1], groups))
+        query, own = np.concatenate([parts.plain_query, parts.turned_query], -1), parts.own_key
+        shared = parts.shared_key
         out["query/kernel"] = query[:-1].reshape(len(query) - 1, -1)
         if kind.query_bias:
             out["query/bias"] = query[-1].ravel()
@@ -254,7 +261,8 @@ def _convert(
         scores = np.einsum("nhp,nm,mhq->hpq", plain, layer.extended, plain, optimize=True)
         outputs = np.einsum("hvd,hwd->hvw", layer.output, layer.output)
         metrics = {"key_metric": scores, "value_metric": outputs}
-        metrics = {name: m.reshape(groups, -1, *m.shape[1:]).sum(1) for name, m in metrics.items()}
+        of_group = (groups, heads // groups)
+        metrics = {name: m.reshape(*of_group, *m.shape[1:]).sum(1) for name, m in metrics.items()}
     joint = compress_matrix(own[:-1], layer.value[:-1], kind.key_value_rank, moments=layer.moments, **metrics)
     each = [np.repeat(part, heads // groups, 1) for part in (joint.key, joint.value)]
     out["latent/kernel"] = np.concatenate([joint.latent, shared[:-1]], 1)
@@ -268,7 +276,7 @@ def _convert(
 
 
 def _plain(pairs: Pairs, count: int, heads: int) -> list[int]:
-    """The frequencies of which something is left without positions: known ahead for one head, and where all are kept."""
+    """The frequencies of which something may be left without positions, as far as that follows from shapes alone."""
     if heads == 1:
         return [pair for pair in range(count) if pair not in pairs]
     return [] if len(pairs) == count * heads else list(range(count))
@@ -282,11 +290,6 @@ def _check(config: ModelConfig) -> None:
         raise ValueError("ToLatentAttention: models of an encoder and a decoder are not supported")
     if config.deltas is not None:
         raise ValueError("ToLatentAttention: the layers have low-rank deltas on these maps; merge them first")
-
-
-def _is_dense(config: ModelConfig, address: str) -> bool:
-    rule = config.format_rule(address)
-    return rule is None or rule["kind"] == "dense"
 
 
 def _latent(config: ModelConfig) -> Latent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from flaxcompress.config.names import closest
 from flaxcompress.config.part import Part
@@ -56,3 +57,8 @@ class Rotary(Part):
                     f"rotary: pairs must lie in 0 … {self.pairs_of // 2 - 1} of a head {self.pairs_of} wide, got "
                     f"{self.pairs}"
                 )
+
+    def with_pairs(self, pairs: Sequence[int], width: int) -> Rotary:
+        """Turning these alone of the pairs of a head so wide, in this order; they may have been chosen before."""
+        before = range(width // 2) if self.pairs is None else self.pairs
+        return dataclasses.replace(self, pairs=tuple(before[j] for j in pairs), pairs_of=self.pairs_of or width)
