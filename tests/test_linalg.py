@@ -34,10 +34,12 @@ def output_error(w, factors, c) -> float:
 
 @pytest.mark.parametrize("rank", [1, 5, M])
 @pytest.mark.parametrize("singular", [False, True])
-def test_whitened_error_is_the_tail_of_the_spectrum(rank, singular):
-    w, c = matrix(), moment(rank=9 if singular else None)
+@pytest.mark.parametrize("wide", [False, True])
+def test_whitened_error_is_the_tail_of_the_spectrum(rank, singular, wide):
+    n, m = (M, N) if wide else (N, M)
+    w, c = matrix(shape=(n, m)), moment(n, rank=9 if singular else None)
     factors = linalg.output_pca(w, rank, c)
-    assert factors.left.shape == (N, rank) and factors.right.shape == (rank, M)
+    assert factors.left.shape == (n, rank) and factors.right.shape == (rank, m)
     total = float(np.einsum("nm,nk,km->", w, c, w))
     tail = (factors.spectrum[rank:] ** 2).sum()
     np.testing.assert_allclose(output_error(w, factors, c), tail, rtol=0, atol=N * M * EPS * total)
@@ -46,9 +48,10 @@ def test_whitened_error_is_the_tail_of_the_spectrum(rank, singular):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12])
-def test_output_pca_equals_whitened_svd_by_cholesky(rank):
+@pytest.mark.parametrize("wide", [False, True])
+def test_output_pca_equals_whitened_svd_by_cholesky(rank, wide):
     """SVD-LLM: SVD of LᵀW with C = LLᵀ, the left factor multiplied by L⁻ᵀ."""
-    w, c = matrix(), moment()
+    w, c = (matrix(shape=(M, N)), moment(M)) if wide else (matrix(), moment())
     lower = np.linalg.cholesky(c)
     u, s, vt = np.linalg.svd(lower.T @ w, full_matrices=False)
     naive = np.linalg.solve(lower.T, u[:, :rank] * s[:rank]) @ vt[:rank]
@@ -117,6 +120,165 @@ def test_two_sided_svd_without_gradients_is_finite(empty):
     assert np.isfinite(got.left).all() and np.isfinite(got.right).all()
 
 
+def gradients(rank=None):
+    return moment(M, 7, rank)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_kronecker_svd_equals_the_svd_between_two_roots(rank):
+    """SVD of LᵀW L_G with C = LLᵀ and G = L_G L_Gᵀ, undone on both sides; its error is the tail of the spectrum."""
+    w, c, g = matrix(), moment(), gradients()
+    left, right = np.linalg.cholesky(c), np.linalg.cholesky(g)
+    u, s, vt = np.linalg.svd(left.T @ w @ right, full_matrices=False)
+    naive = np.linalg.solve(left.T, u[:, :rank] * s[:rank]) @ np.linalg.solve(right.T, vt[:rank].T).T
+    got = linalg.kronecker_svd(w, rank, c, g)
+    condition = np.linalg.cond(left) * np.linalg.cond(right)
+    np.testing.assert_allclose(
+        got.left @ got.right, naive, rtol=0, atol=64 * EPS * condition * np.abs(w).max() * math.sqrt(N)
+    )
+    error, total = loss_error(w, got, c, g), float(np.einsum("nm,nk,kl,lm->", w, c, w, g))
+    np.testing.assert_allclose(error, (s[rank:] ** 2).sum(), rtol=0, atol=N * M * EPS * total)
+    np.testing.assert_allclose(got.spectrum, s, rtol=0, atol=ROOT * s[0])
+
+
+def loss_error(w, factors, c, g) -> float:
+    """tr EᵀCEG, E = W - AB."""
+    e = w - factors.left @ factors.right
+    return float(np.einsum("nm,nk,kl,lm->", e, c, e, g))
+
+
+def test_kronecker_svd_beats_one_sided_whitening_in_the_loss():
+    w, c, g = matrix(), moment(), gradients()
+    two, one = linalg.kronecker_svd(w, 5, c, g), linalg.output_pca(w, 5, c)
+    assert loss_error(w, two, c, g) < 0.9 * loss_error(w, one, c, g)
+    assert output_error(w, one, c) < 0.9 * output_error(w, two, c)
+
+
+@pytest.mark.parametrize("given", ["none", "singular"])
+def test_kronecker_svd_at_full_rank_is_lossless_whatever_the_gradients(given):
+    g = np.zeros((M, M)) if given == "none" else gradients(rank=4)
+    got = linalg.kronecker_svd(matrix(), M, moment(), g)
+    # Undoing a root of G whose eigenvalues are floored at 1e-6 of their mean, M of them: a condition of √(M·1e6).
+    atol = 64 * EPS * math.sqrt(M * 1e6) * np.abs(matrix()).max() * math.sqrt(N)
+    np.testing.assert_allclose(got.left @ got.right, matrix(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("rank", [1, 5, M])
+def test_input_pca_projects_inputs_and_its_error_is_the_tail(rank):
+    w, c = matrix(), moment()
+    got = linalg.input_pca(w, rank, c)
+    q = np.linalg.eigh(c)[1][:, ::-1][:, :rank]
+    np.testing.assert_allclose(got.left @ got.right, q @ q.T @ w, rtol=0, atol=N * 8 * EPS * np.abs(w).max())
+    total = float(np.einsum("nm,nk,km->", w, c, w))
+    tail = (got.spectrum[rank:] ** 2).sum()
+    np.testing.assert_allclose(output_error(w, got, c), tail, rtol=0, atol=N * M * EPS * total)
+    assert output_error(w, linalg.output_pca(w, rank, c), c) <= tail + N * M * EPS * total
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_cut_between_equals_the_truncated_svd_of_the_whitened_product(rank):
+    """A [n, d] and B [d, m] with errors weighed by C on the left and D on the right; the error is the tail."""
+    a, b, c, other = matrix(1, (N, 7)), matrix(2, (7, M)), moment(), gradients()
+    left, right = np.linalg.cholesky(c), np.linalg.cholesky(other)
+    u, s, vt = np.linalg.svd(left.T @ a @ b @ right, full_matrices=False)
+    naive = np.linalg.solve(left.T, u[:, :rank] * s[:rank]) @ np.linalg.solve(right.T, vt[:rank].T).T
+    down, up, spectrum = linalg.cut_between(a.T @ c @ a, b @ other @ b.T, rank)
+    assert down.shape == (7, rank) and up.shape == (rank, 7)
+    got = a @ down @ up @ b
+    condition = np.linalg.cond(left) * np.linalg.cond(right)
+    np.testing.assert_allclose(got, naive, rtol=0, atol=64 * EPS * condition * np.abs(a @ b).max() * math.sqrt(N))
+    e = a @ b - got
+    total = (s**2).sum()
+    error = float(np.einsum("nm,nk,kl,lm->", e, c, e, other))
+    np.testing.assert_allclose(error, (s[rank:] ** 2).sum(), rtol=0, atol=N * M * EPS * total)
+    np.testing.assert_allclose(spectrum, s[:7], rtol=0, atol=ROOT * s[0])
+
+
+def test_cut_between_at_full_width_is_lossless_even_where_nothing_is_read():
+    for second in (np.zeros((7, 7)), moment(7, rank=3)):
+        down, up, _ = linalg.cut_between(moment(7), second, 7)
+        # A root floored at 1e-6 of the mean of 7 eigenvalues: a condition of √(7·1e6).
+        np.testing.assert_allclose(down @ up, np.eye(7), rtol=0, atol=64 * EPS * math.sqrt(7e6))
+
+
+@pytest.mark.parametrize("count", [1, 6, 11, N])
+def test_nystrom_columns_make_the_others_by_ridge_regression(count):
+    """As least squares on the samples themselves: [H_S; √λI]·M = [H; 0] for the variables that are not kept."""
+    rng = np.random.default_rng(3)
+    h = rng.normal(size=(200, 8)) @ rng.normal(size=(8, N)) + 0.05 * rng.normal(size=(200, N)) + 0.3
+    c = h.T @ h / len(h)
+    kept, made = linalg.nystrom_columns(c, count)
+    damping = 1e-2 * np.trace(c) / N
+    leverage = np.diagonal(c @ np.linalg.inv(c + damping * np.eye(N)))
+    assert set(kept) == set(np.argsort(leverage)[::-1][:count]) and list(kept) == sorted(kept)
+    rest = np.setdiff1d(np.arange(N), kept)
+    root = math.sqrt(damping * len(h)) * np.eye(count)
+    system, target = np.vstack([h[:, kept], root]), np.vstack([h[:, rest], np.zeros((count, len(rest)))])
+    naive = np.linalg.lstsq(system, target, rcond=None)[0]
+    np.testing.assert_allclose(made[:, rest], naive, rtol=0, atol=64 * EPS * np.linalg.cond(system) ** 2)
+    np.testing.assert_array_equal(made[:, kept], np.eye(count))
+    if count == 11:  # more than the 8 that vary: nearly nothing is lost
+        assert np.square(h[:, kept] @ made - h).sum() < 0.01 * np.square(h).sum()
+
+
+def test_nystrom_columns_of_what_is_never_active_are_finite():
+    kept, made = linalg.nystrom_columns(np.zeros((N, N)), 4)
+    assert len(kept) == 4 and np.isfinite(made).all()
+
+
+def test_shifted_target_is_ridge_regression_on_the_shifted_inputs():
+    """The least-squares problem [X'; √λI]·W* = [XW; √λW], solved naively; its truncation is reduced-rank regression."""
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=(300, N)) @ rng.normal(size=(N, N))
+    shifted = x + 0.5 * rng.normal(size=x.shape) @ np.diag(np.geomspace(2, 0.1, N)) @ rng.normal(size=(N, N)) + 0.3
+    w, count = matrix(), len(x)
+    c, k = shifted.T @ shifted / count, shifted.T @ x / count
+    ridge = 1e-3 * np.trace(c) / N
+    root = math.sqrt(ridge * count) * np.eye(N)
+    naive = np.linalg.lstsq(np.vstack([shifted, root]), np.vstack([x @ w, root @ w]), rcond=None)[0]
+    target = linalg.shifted_target(w, c, k)
+    atol = 64 * EPS * np.linalg.cond(c + ridge * np.eye(N)) * np.abs(w).max() * math.sqrt(N)
+    np.testing.assert_allclose(target, naive, rtol=0, atol=atol)
+    kept = [linalg.output_pca(t, 12, c) for t in (target, w)]
+    errors = [np.square(shifted @ f.left @ f.right - x @ w).sum() for f in kept]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_shifted_target_without_a_shift_is_the_matrix_itself():
+    for c in (moment(), moment(rank=5), np.zeros((N, N))):
+        np.testing.assert_array_equal(linalg.shifted_target(matrix(), c, c), matrix())
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("shape", [(150, 200), (200, 150)])
+def test_randomized_svd_is_close_to_the_exact_one(whitened, shape):
+    """On a spectrum such as trained matrices have, s_i ∝ 1/i, its error is within a hundredth of the exact one's."""
+    n, m = shape
+    rng = np.random.default_rng(2)
+    u, v = (np.linalg.qr(rng.normal(size=(k, min(shape))))[0] for k in shape)
+    w = (u / np.arange(1, min(shape) + 1)) @ v.T
+    c = moment(n) if whitened else None
+    exact, got = linalg.output_pca(w, 20, c), linalg.randomized_svd(w, 20, c)
+    metric = np.eye(n) if c is None else c
+    best, error = output_error(w, exact, metric), output_error(w, got, metric)
+    total = float(np.einsum("nm,nk,km->", w, metric, w))
+    atol = n * float(np.finfo(np.float32).eps) * total  # float32 sums of n terms
+    assert best * (1 - n * m * EPS) <= error <= 1.01 * best + atol
+    np.testing.assert_allclose((got.spectrum[20:] ** 2).sum(), error, rtol=0.01, atol=atol)
+    np.testing.assert_allclose(got.spectrum[:20] ** 2, exact.spectrum[:20] ** 2, rtol=0.01, atol=atol)
+
+
+def test_large_matrices_are_cut_by_the_randomized_method(monkeypatch):
+    w, c = matrix(shape=(40, 30)), moment(40)
+    exact = linalg.output_pca(w, 3, c)
+    monkeypatch.setattr(linalg, "LARGE", 20)
+    got = linalg.output_pca(w, 3, c)
+    assert len(got.spectrum) == 4 and len(exact.spectrum) == 30
+    assert len(linalg.output_pca(w, 8, c).spectrum) == 30  # over a quarter of the rank nothing is saved
+    rtol = 40 * float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose((got.spectrum**2).sum(), (exact.spectrum**2).sum(), rtol=rtol)
+
+
 @pytest.mark.parametrize("rank", [0, -1, M + 1])
 @pytest.mark.parametrize(
     "function",
@@ -124,8 +286,11 @@ def test_two_sided_svd_without_gradients_is_finite(empty):
         lambda w, r: linalg.output_pca(w, r),
         lambda w, r: linalg.row_weighted_svd(w, r),
         lambda w, r: linalg.two_sided_svd(w, r, np.ones(N), np.ones(M)),
+        lambda w, r: linalg.kronecker_svd(w, r, np.eye(N), np.eye(M)),
+        lambda w, r: linalg.input_pca(w, r, np.eye(N)),
+        lambda w, r: linalg.randomized_svd(w, r),
     ],
-    ids=["output_pca", "row_weighted_svd", "two_sided_svd"],
+    ids=["output_pca", "row_weighted_svd", "two_sided_svd", "kronecker_svd", "input_pca", "randomized_svd"],
 )
 def test_rank_bounds(function, rank):
     with pytest.raises(ValueError, match=rf"rank {rank} is not in 1 … 17 for a 23×17 matrix"):

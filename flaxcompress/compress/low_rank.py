@@ -1,4 +1,4 @@
-"""Low-rank kernels: truncated SVD, plain, whitened by the inputs, or weighted by Fisher information."""
+"""Low-rank kernels: truncated SVD in one of several metrics, at ranks that are equal or allocated."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import linalg, tree
+from flaxcompress.compress.loss_gradient import loss_gradient
+from flaxcompress.compress.matrix_statistics import check_finite, count_tokens, gather, shrunk, warn_of_few_tokens
+from flaxcompress.compress.metrics import GRADIENTS, INPUTS, METRICS, Statistics
+from flaxcompress.compress.rank_allocation import Ranks, values_of, water_filling, zero_sum
 from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.config import ModelConfig
+from flaxcompress.compress.walk import LayerWalk, walked_kernels
+from flaxcompress.config import ModelConfig, closest
+from flaxcompress.formats import Format, LowRankSpec, dense, materialize, rank_for
 from flaxcompress.formats import LowRank as LowRankFormat
-from flaxcompress.formats import LowRankSpec, materialize, rank_for
 from flaxcompress.model import Model, abstract_flat, replace_matrices
 
-Whitening = Literal["activation", "none", "fisher"]
+Allocation = Literal["uniform", "energy", "gradient", "zero_sum"]
 
 
 def compress_matrix(
-    weight: np.ndarray, rank: int, *, moments: np.ndarray | None = None, fisher: np.ndarray | None = None
+    weight: np.ndarray,
+    rank: int,
+    *,
+    metric: str = "activation",
+    statistics: Statistics = Statistics(),  # noqa: B008
 ) -> tuple[LowRankFormat, np.ndarray]:
-    """The rank-R format of a kernel [n, m] and its spectrum.
+    """The rank-R format of a kernel [n, m], nearest to it in a metric (one of `METRICS`), and its spectrum."""
+    factors = METRICS[metric].factorize(weight, rank, statistics)
+    return _format(factors), factors.spectrum
 
-    Args:
-      moments: C = E[xᵀx], [n, n]; the factors then minimise the output's error E‖x(W - AB)‖² (see `output_pca`).
-      fisher: squared gradients [n, m]; their row and column means weight the error (FWSVD).
-    """
-    if fisher is not None:
-        factors = linalg.two_sided_svd(weight, rank, fisher.mean(1), fisher.mean(0))
-    else:
-        factors = linalg.output_pca(weight, rank, moments)
-    node = LowRankFormat(left=jnp.asarray(factors.left, jnp.float32), right=jnp.asarray(factors.right, jnp.float32))
-    return node, factors.spectrum
+
+def _format(factors: linalg.Factors) -> LowRankFormat:
+    return LowRankFormat(left=jnp.asarray(factors.left, jnp.float32), right=jnp.asarray(factors.right, jnp.float32))
 
 
 @register_step
@@ -45,19 +49,53 @@ class LowRank(Step):
     Attributes:
       pattern: full-match address pattern, e.g. "layers/\\d+/feed_forward/.*/kernel".
       rank: R, or
-      keep: the fraction of the matrix's parameters that the factors may hold.
-      whitening: "activation" minimises the output's error on calibration text (SVD-LLM in its output-PCA form),
-        "fisher" weights the error by squared gradients (FWSVD), "none" is the plain truncated SVD.
+      keep: the fraction of the matrices' parameters that the factors may hold.
+      whitening: the metric in which a kernel's error is least: "none" (plain truncated SVD), "fisher" (rows weighted by
+        squared gradients, FWSVD), "asvd" (by the size of their input), "pca" (inputs projected on their principal
+        components), "activation" (the output's error on calibration text: SVD-LLM, in its output-PCA form) or
+        "two_sided" (the loss's, by second moments of inputs and of gradients).
+      allocation: with `keep`, how the parameters that all matrices may hold are divided: "uniform", the same fraction
+        to each; "energy", to the components with the largest share of their matrix's own output; "gradient", with the
+        largest share in the loss, as far as the mean squared gradient of the matrix's outputs tells; "zero_sum", so
+        that the cuts' first-order effects on a language model's loss cancel. All but "uniform" leave a matrix dense
+        that would get a rank at which its factors are larger than itself.
+      sequential: go through the layers in order, each matrix fitted to the original's output on the inputs that the
+        compressed layers before it give. A matrix that several layers share is fitted at its first use.
+      sentences: calibration sentences for the second moments of inputs.
       allow_larger: accept ranks at which the factors are larger than the matrix.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"input_moments"})
+    needs: ClassVar[frozenset[str]] = frozenset({"input_moments", "gradient_moments"})
 
     pattern: str = dataclasses.field(kw_only=False)
     rank: int | None = None
     keep: float | None = None
-    whitening: Whitening = "activation"
+    whitening: str = "activation"
+    allocation: Allocation = "uniform"
+    sequential: bool = False
+    sentences: int = 768
     allow_larger: bool = False
+
+    def __post_init__(self):
+        if self.whitening not in METRICS:
+            raise ValueError(f"LowRank: unknown whitening {self.whitening!r}; {closest(self.whitening, METRICS)}")
+        if self.sentences < 1:
+            raise ValueError(f"LowRank: sentences must be at least 1, got {self.sentences}")
+        if self.allocation != "uniform" and (self.keep is None or self.allow_larger):
+            raise ValueError(
+                f"LowRank: allocation {self.allocation!r} divides what keep: leaves, without allow_larger; got "
+                f"rank={self.rank}, keep={self.keep}, allow_larger={self.allow_larger}"
+            )
+        if self.sequential and INPUTS not in self._metric.needs:
+            reading = ", ".join(name for name, metric in METRICS.items() if INPUTS in metric.needs)
+            raise ValueError(
+                f"LowRank: sequential follows the inputs, which whitening {self.whitening!r} does not read; use one of "
+                f"{reading}"
+            )
+
+    @property
+    def _metric(self):
+        return METRICS[self.whitening]
 
     def _ranks(self, flat: Mapping[str, Any]) -> dict[str, int]:
         kernels = [a for a in flat if a.endswith("/kernel")]
@@ -65,29 +103,113 @@ class LowRank(Step):
         return {a: rank_for(flat[a].shape, self.rank, self.keep, self.allow_larger, a) for a in found}
 
     def plan(self, config: ModelConfig) -> ModelConfig:
-        for address, rank in self._ranks(abstract_flat(config)).items():
+        # Allocated ranks are known only from data; they take no more values in all than equal fractions do.
+        ranks = self._ranks(abstract_flat(config))
+        if self.sequential:
+            self._check_walk(config, ranks)
+        for address, rank in ranks.items():
             config = config.with_format(address, LowRankSpec(rank=rank).to_json())
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         flat = tree.View(model.params)
-        ranks = self._ranks(flat)
-        moments, fisher = {}, {}
-        if self.whitening == "activation":
-            moments = context.need(self).input_moments(model, progress=context.progress)
-            without = [a for a in ranks if a.removesuffix("/kernel") not in moments]
-            if without:
-                raise ValueError(
-                    f"LowRank: no activations are recorded for {', '.join(without[:3])}; use whitening: none for it"
-                )
-        elif self.whitening == "fisher":
-            fisher = context.need(self).fisher(model, progress=context.progress)
-        changes = {}
+        ranks: Ranks = dict(self._ranks(flat))
+        weights = {address: np.asarray(materialize(flat[address])) for address in ranks}
+        for address, weight in weights.items():
+            check_finite(weight, f"LowRank: {address}")
+        needs = self._metric.needs | ({GRADIENTS} if self.allocation == "gradient" else frozenset())
+        if self.sequential:
+            self._check_walk(model.config, ranks)
+            needs = needs - {INPUTS} if self.allocation == "uniform" else needs
+        statistics = gather(
+            model,
+            context.need(self) if needs else None,
+            {a: w.shape for a, w in weights.items()},
+            needs,
+            sentences=self.sentences,
+            where=self.name,
+            progress=context.progress,
+        )
+        if self.allocation != "uniform":
+            ranks = self._allocated(model, context, ranks, weights, statistics)
+        if self.sequential:
+            fitted = self._sequential(model, context, ranks, weights, statistics)
+        else:
+            fitted = {
+                a: self._metric.factorize(weights[a], r, statistics[a]) for a, r in ranks.items() if r is not None
+            }
+        changes: dict[str, Any] = {}
         for address, rank in ranks.items():
-            weight = np.asarray(materialize(flat[address]))
-            node, spectrum = compress_matrix(
-                weight, rank, moments=moments.get(address.removesuffix("/kernel")), fisher=fisher.get(address)
-            )
-            context.keep_spectrum(address, spectrum, rank)
-            changes[address] = node
+            if rank is not None:
+                changes[address] = _format(fitted[address])
+                context.keep_spectrum(address, fitted[address].spectrum, rank)
+            elif isinstance(flat[address], Format):
+                changes[address] = dense(flat[address])
         return replace_matrices(model, changes)
+
+    def _allocated(
+        self,
+        model: Model,
+        context: Context,
+        uniform: Ranks,
+        weights: Mapping[str, np.ndarray],
+        statistics: Mapping[str, Statistics],
+    ) -> Ranks:
+        """Ranks that take no more values in all than the uniform ones."""
+        shapes = {address: weight.shape for address, weight in weights.items()}
+        budget = sum(values_of(shapes[a], r) for a, r in uniform.items())
+        gradient = loss_gradient(model, context.need(self)) if self.allocation == "zero_sum" else {}
+        found = {}
+        for address, weight in weights.items():
+            factors = self._metric.factorize(weight, min(weight.shape), statistics[address])
+            if self.allocation == "zero_sum":
+                # Without component i the weight changes by -a_i b_iᵀ: its effect is -a_iᵀ(∂L/∂W)b_i.
+                found[address] = -np.einsum(
+                    "nr,nm,rm->r", factors.left, gradient[address], factors.right, optimize=True
+                )
+            else:
+                found[address] = self._loss_scale(factors, statistics[address]) * factors.spectrum**2
+        return (zero_sum if self.allocation == "zero_sum" else water_filling)(found, shapes, budget)
+
+    def _loss_scale(self, factors: linalg.Factors, statistics: Statistics) -> float:
+        """What a squared error in the metric costs: the weight of a matrix beside the others."""
+        if self.allocation == "energy":
+            return 1.0 / max(float((factors.spectrum**2).sum()), np.finfo(np.float64).tiny)
+        if GRADIENTS in self._metric.needs:  # its errors are the loss's already
+            return 1.0
+        assert statistics.gradient_moments is not None
+        return float(np.trace(statistics.gradient_moments)) / len(statistics.gradient_moments)
+
+    def _sequential(
+        self,
+        model: Model,
+        context: Context,
+        ranks: Ranks,
+        weights: Mapping[str, np.ndarray],
+        statistics: Mapping[str, Statistics],
+    ) -> dict[str, linalg.Factors]:
+        """Factors of each kernel's nearest product on shifted inputs (`linalg.shifted_target`), stage after stage."""
+        calibration = context.need(self)
+        tokens = count_tokens(calibration, self.sentences)
+        warn_of_few_tokens(tokens, max(n for n, _ in (w.shape for w in weights.values())), self.name)
+        batches = calibration.batches(self.sentences, size=32, pad=model.config.pad_token)
+        walk = LayerWalk(model, batches, follow_original=True)
+        found = {}
+        for stage in walk.stages(label="layers", progress=context.progress):
+            for address in (a for a in stage.addresses if ranks.get(a) is not None):
+                assert stage.cross is not None
+                moments = np.asarray(stage.moments, np.float64)
+                target = linalg.shifted_target(weights[address], moments, np.asarray(stage.cross, np.float64))
+                known = dataclasses.replace(statistics[address], input_moments=shrunk(moments, tokens))
+                rank = ranks[address]
+                assert rank is not None
+                found[address] = self._metric.factorize(target, rank, known)
+                walk.exchanged[address] = _format(found[address])
+        return found
+
+    def _check_walk(self, config: ModelConfig, addresses: Mapping[str, Any]) -> None:
+        if outside := [a for a in addresses if a not in walked_kernels(config)]:
+            raise ValueError(
+                f"LowRank: sequential goes through the layers, and {', '.join(outside[:3])} stand outside; compress "
+                "them by a step of their own"
+            )

@@ -36,6 +36,16 @@ def stages_of(config: ModelConfig) -> list[tuple[_Linear, ...]]:
     ]
 
 
+def walked_kernels(config: ModelConfig) -> set[str]:
+    """The addresses of all kernels that a walk's stages have."""
+    sharing, maps = config.sharing, [linear for stage in stages_of(config) for linear in stage]
+    return {
+        f"layers/{getattr(sharing, part)[layer]}/{part}/{name}/kernel"
+        for layer in range(config.layers)
+        for part, name in maps
+    }
+
+
 class Stage(NamedTuple):
     """Kernels that read one input, at their weight set's first use.
 
@@ -43,11 +53,13 @@ class Stage(NamedTuple):
       layer: which layer.
       addresses: the kernels.
       moments: C = E[xᵀx], [n, n] float32, of the input as it is through the weights exchanged so far.
+      cross: E[xᵀx₀], [n, n], x₀ the input as it is in the original; None in a walk that does not follow it.
     """
 
     layer: int
     addresses: tuple[str, ...]
     moments: Float[Array, "n n"]
+    cross: Float[Array, "n n"] | None = None
 
 
 class LayerWalk:
@@ -56,9 +68,13 @@ class LayerWalk:
     Attributes:
       exchanged: {address: matrix [n, m] in any format} used in the model's stead; assign to exchange one from here on.
       masks: the batches' masks [B, T].
+
+    Args:
+      follow_original: walk the model as it is beside the exchanged one, for the stages' `cross`: twice the time, and
+        twice the memory of a layer's states.
     """
 
-    def __init__(self, model: Model, batches: list[Batch]):
+    def __init__(self, model: Model, batches: list[Batch], *, follow_original: bool = False):
         self._config = model.config.replace(formats=())  # one structure for all layers
         self._dtype = compute_dtype()
         self._weights = tree.View(model.params)
@@ -67,6 +83,7 @@ class LayerWalk:
         self.masks = [jnp.asarray(mask) for _, mask in batches]
         first = [self._first(model, ids, mask) for (ids, _), mask in zip(batches, self.masks, strict=True)]
         self._states, self._contexts = [x for x, _ in first], [context for _, context in first]
+        self._originals = list(self._states) if follow_original else None
         self._tokens = float(sum(mask.sum() for _, mask in batches))
 
     def _first(self, model: Model, ids: np.ndarray, mask: jax.Array) -> tuple[jax.Array, Context]:
@@ -82,11 +99,16 @@ class LayerWalk:
                     addresses = tuple(self._address(number, part, f"{name}/kernel") for part, name in stage)
                     if not seen.issuperset(addresses):
                         seen.update(addresses)
-                        yield Stage(number, addresses, self._moments(number, "/".join(stage[0])))
-                params = self._params(number)
-                for i in range(len(self.masks)):  # one by one, so that only one batch is held twice
-                    self._states[i] = self._layer(params, number, i, self._states[i])
+                        name = "/".join(stage[0])
+                        yield Stage(number, addresses, self._moments(number, name), self._cross(number, name))
+                self._step(self._states, self._params(number), number)
+                if self._originals is not None:
+                    self._step(self._originals, self._params(number, exchanged=False), number)
                 advance()
+
+    def _step(self, states: list[jax.Array], params: Any, number: int) -> None:
+        for i in range(len(states)):  # one by one, so that only one batch is held twice
+            states[i] = self._layer(params, number, i, states[i])
 
     def outcome(self, stage: Stage, changes: Mapping[str, Any]) -> list[Float[Array, "B T D"]]:
         """The last layer's output per batch if `changes` were exchanged at this stage; nothing is kept."""
@@ -108,13 +130,20 @@ class LayerWalk:
     def _address(self, layer: int, part: str, rest: str) -> str:
         return f"layers/{getattr(self._config.sharing, part)[layer]}/{part}/{rest}"
 
-    def _params(self, layer: int, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _matrix(self, address: str, changes: Mapping[str, Any] | None, exchanged: bool) -> Float[Array, "n m"]:
+        if changes and address in changes:
+            return dense(changes[address])
+        return self.kernel(address) if exchanged else dense(self._weights[address])
+
+    def _params(
+        self, layer: int, changes: Mapping[str, Any] | None = None, *, exchanged: bool = True
+    ) -> dict[str, Any]:
         params: dict[str, Any] = {}
         for part in self._config.sharing.parts:
             prefix = self._address(layer, part, "")
             params[part] = tree.nest(
                 {
-                    a.removeprefix(prefix): dense(changes[a]) if changes and a in changes else self.kernel(a)
+                    a.removeprefix(prefix): self._matrix(a, changes, exchanged)
                     for a in self._weights
                     if a.startswith(prefix)
                 }
@@ -135,6 +164,16 @@ class LayerWalk:
             total = total + _layer_moments(self._config, sets, params, x, self._context(i, number), name)
         return total / self._tokens
 
+    def _cross(self, number: int, name: str) -> jax.Array | None:
+        if self._originals is None:
+            return None
+        total: Any = 0.0
+        pair = self._params(number), self._params(number, exchanged=False)
+        sets = self._config.sharing.of_layer(number)
+        for i, states in enumerate(zip(self._states, self._originals, strict=True)):
+            total = total + _layer_cross(self._config, sets, pair, states, self._context(i, number), name)
+        return total / self._tokens
+
 
 def _structure(config: ModelConfig, sets: Sets) -> Sets:
     """Sets of a layer of the same structure, so that equal layers share one program."""
@@ -151,3 +190,16 @@ def _run_layer(config: ModelConfig, sets: Sets, params, x, context):
 def _layer_moments(config: ModelConfig, sets: Sets, params, x, context, name: str):
     _, recorded = Layer(config, _structure(config, sets)).apply(layer_variables(params), x, context, mutable=[INPUTS])
     return moments_of(recorded[INPUTS], context.real, same_input(config))[name]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _layer_cross(config: ModelConfig, sets: Sets, params, states, context, name: str):
+    """Σ xᵀx₀ over the real tokens, of the input of a linear map in the exchanged layer and in the original one."""
+    part, linear = name.split("/")
+    inputs = []
+    for weights, x in zip(params, states, strict=True):
+        layer = Layer(config, _structure(config, sets))
+        recorded: Any = layer.apply(layer_variables(weights), x, context, mutable=[INPUTS])[1]
+        kept = recorded[INPUTS][part][linear]["x"].astype(jnp.float32)
+        inputs.append((kept * context.real[..., None]).reshape(-1, kept.shape[-1]))
+    return jax.lax.dot(inputs[0].T, inputs[1], precision=jax.lax.Precision.HIGHEST)

@@ -80,7 +80,7 @@ class ModelConfig:
       key_value_heads: K, heads of keys and values, each read by H/K query heads; None: H.
       head_width: d; None: D/H.
       attention: the kind of self-attention: `Latent`, `Linformer` or `Nystrom`; None: full.
-      query_key_width: r, the width of a head's query and key where it is below d, that of its value; None: d.
+      query_key_width: r, the width of a head's query and key where it is not d, that of its value; None: d.
       projection_kernel: queries, keys and values are projected from depthwise convolutions over the sequence of this
         width, each with its own (CvT, Wu et al. 2021); centred, or, in causal models, ending at the token. 0: none.
       feed_forward_kernel: the same for what the feed-forward's up and gate maps read, one for both.
@@ -229,10 +229,12 @@ class ModelConfig:
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
         if self.heads % self.groups:
             raise ValueError(f"config: heads {self.heads} are not divisible by key_value_heads {self.groups}")
-        if self.query_key_dim > self.head_dim:
-            raise ValueError(f"config: query_key_width {self.query_key_dim} is over the head's width {self.head_dim}")
         if self.rotary is not None and self.rotary_dim % 2:
             raise ValueError(f"config: rotary positions turn pairs, but a head is {self.rotary_dim} wide")
+        if self.rotary is not None and self.rotary.pairs is not None and 2 * len(self.rotary.pairs) != self.rotary_dim:
+            raise ValueError(
+                f"config: rotary has frequencies for {len(self.rotary.pairs)} pairs, but {self.rotary_dim // 2} turn"
+            )
         for name in ("projection_kernel", "feed_forward_kernel"):
             if (width := getattr(self, name)) == 1 or (width and not self.causal and width % 2 == 0):
                 raise ValueError(f"config: {name} must be 0, or above 1 and, unless causal, odd; got {width}")

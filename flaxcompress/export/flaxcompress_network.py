@@ -262,7 +262,8 @@ class Network:
         c = self.structure
         if c["rotary"] is None:
             return None
-        r, width = c["rotary"], self.attention.rotary_width(self)
+        r = c["rotary"]
+        width = self.attention.rotary_width(self) if r["pairs"] is None else r["pairs_of"]
         own = local and r["local_theta"] is not None
         steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         frequency = 1.0 / (r["local_theta"] if own else r["theta"]) ** steps
@@ -281,6 +282,8 @@ class Network:
             last = first + 0.001 if first == last else last
             divided = ((torch.arange(width // 2, device=positions.device) - first) / (last - first)).clamp(0, 1)
             frequency = divided * frequency / r["factor"] + (1 - divided) * frequency
+        if r["pairs"] is not None:
+            frequency = frequency[r["pairs"]]
         angles = positions[:, None, :, None].float() * frequency.float()
         return angles.cos() * r["magnitude"], angles.sin() * r["magnitude"]
 
