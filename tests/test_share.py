@@ -97,7 +97,8 @@ def test_sets_hold_the_mean_of_their_layers(initializer):
         each = [old[address.replace("/1/", f"/{layer}/", 1)] for layer in (1, 2)]
         want = np.mean(each, 0)
         if initializer == "weighted" and address.endswith("/kernel"):
-            c1, c2 = (np.float64(moments()[f"layers/{n}/{address.split('/', 2)[2][:-7]}"]) for n in (1, 2))
+            linear = address.split("/", 2)[2].removesuffix("/kernel")
+            c1, c2 = (np.asarray(moments()[f"layers/{n}/{linear}"], np.float64) for n in (1, 2))
             damping = 0.3 * (np.trace(c1) + np.trace(c2)) / 2 / len(c1) * np.eye(len(c1))
             want = np.linalg.inv(c1 + c2 + 2 * damping) @ ((c1 + damping) @ each[0] + (c2 + damping) @ each[1])
         np.testing.assert_allclose(new[address], want, rtol=0, atol=4 * EPS * np.abs(want).max(), err_msg=address)

@@ -152,7 +152,7 @@ class Share(Step):
         sharing = dataclasses.replace(config.sharing, **dict.fromkeys(self.parts, each))
         users = _users(each)
         self._check(config, flat, users)
-        new = {"sharing": sharing}
+        new: dict[str, Any] = {"sharing": sharing}
         if "feed_forward" in self.parts:
             new["feed_forward_width"] = tuple(config.feed_forward_width_of(first) for first, *_ in users)
         if self.residual_rank:
