@@ -17,7 +17,7 @@ Commands (results are added to experiments/recursive_init.json):
 
 MiniLM is measured by the mean cosine of 200 held-out docstrings' vectors to the original's, and heals by the step
 `Heal` on the others (batch 32). stories260K is measured by its perplexity on the last 100 of 2,316 stories, and heals
-as it was trained, on the next token of the others (batch 16, 256 tokens, AdamW at 1e-3). Statistics come from the texts
+as it was trained, on the next token of the others (batch 4, 128 tokens, AdamW at 1e-3). Statistics come from the texts
 that it heals on. One seed.
 """
 
@@ -47,7 +47,8 @@ def variants(name: str) -> dict[str, dict[str, Any]]:
     found[f"mean + plain deltas, rank {small}"] = plain
     for initializer in ("mean", "weighted", "stepwise"):
         found[f"{initializer} + deltas, rank {small}"] = {"initializer": initializer, "residual_rank": small}
-    found[f"stepwise + deltas, rank {large}"] = {"initializer": "stepwise", "residual_rank": large}
+    for initializer in ("weighted", "stepwise"):
+        found[f"{initializer} + deltas, rank {large}"] = {"initializer": initializer, "residual_rank": large}
     return found
 
 
@@ -104,7 +105,7 @@ class Stories:
         import flaxcompress as fc
         from flaxcompress.data import causal_lm_batches
 
-        data = causal_lm_batches(self.stories, model.assets, length=256, batch_size=16)
+        data = causal_lm_batches(self.stories, model.assets, length=128, batch_size=4)
         optimizer = fc.Optimizer(learning_rate=1e-3)
         return fc.fit(model, fc.NextToken(), data, steps=steps, key=key, optimizer=optimizer, progress=True)
 
@@ -143,8 +144,15 @@ def record(name: str, variant: str, entry: dict[str, Any]) -> None:
     print(f"{name}: {variant}: {entry}", flush=True)
 
 
+def load_results() -> dict[str, dict[str, Any]]:
+    """{checkpoint: {variant: entry}}, the original first, then in the order of `variants`."""
+    results = json.loads(RESULTS.read_text())
+    orders = {name: (ORIGINAL, *variants(name)) for name in CHECKPOINTS if name in results}
+    return {name: {v: results[name][v] for v in order if v in results[name]} for name, order in orders.items()}
+
+
 def print_table() -> None:
-    for name, entries in json.loads(RESULTS.read_text()).items():
+    for name, entries in load_results().items():
         metric = entries[ORIGINAL]["metric"]
         print(f"\n| {name}, 3 blocks | MB | {metric} | {metric} after healing |\n|---|---|---|---|")
         for variant, entry in entries.items():
@@ -158,7 +166,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = json.loads(RESULTS.read_text())
+    results = load_results()
     figure, grid = plt.subplots(1, len(results), figsize=(6 * len(results), 4), layout="constrained", squeeze=False)
     for axes, (name, entries) in zip(grid[0], results.items(), strict=True):
         original = entries[ORIGINAL]
