@@ -18,8 +18,8 @@ Commands (results are added to experiments/recursive_init.json):
 MiniLM is measured by the mean cosine of 200 held-out docstrings' vectors to the original's, and heals by the step
 `Heal` on the others (batch 32). stories260K is measured by its perplexity on the last 100 of 2,316 stories, and heals
 as it was trained, on the next token of the others (batch 4, 128 tokens, AdamW at 1e-3). Statistics come from the texts
-that it heals on. One seed, one core. Cost, on a core shared with others: half a minute of computing per variant, one
-more for 500 steps of stories260K; MiniLM's healing was not run, nor that of the variants without a figure below.
+that it heals on. One seed, one core. Cost, on a core shared with others: 7 to 120 seconds per variant, 60 to 180 with
+healing. MiniLM's healing was not run, nor that of the variants without a figure below.
 
 Result (`recursive_init.json`; MiniLM keeps 69.6 of 90.9 MB without deltas, 72.3 with rank 16, 80.3 with rank 64;
 stories260K 0.68 of 1.04 MB, 0.77 with rank 4, 0.86 with rank 8):
@@ -40,11 +40,11 @@ stories260K 0.68 of 1.04 MB, 0.77 with rank 4, 0.86 with rank 8):
     weighted + deltas             0.819 (rank 64)
     stepwise + deltas             0.701 (rank 64)   379.9 (8)
 
-Random < mean < weighted < weighted with deltas holds before healing on both. It takes a large ridge: the matrix that
-makes each map's output best (ridge near 0) is no better for the whole than the mean. Whitening is most of what deltas of
-a low rank are worth. But a layer as it was is a function, a mean of two is none: on stories260K blocks taken from single
-layers begin and end better than any mean, as in the paper, and deltas of low rank on them do harm; they take the copied
-layer half way to another function. After healing the weighting is worth nothing against the mean (one seed).
+Random < mean < weighted < weighted with deltas holds before healing on both. It takes a large ridge: with a small one,
+which makes each map's output best, the whole is hardly better than with the mean. Whitening is most of what deltas of a
+low rank are worth. On stories260K blocks taken from single layers begin and end better than any mean, as in the paper,
+and deltas of low rank on them do harm: only near full rank do they give the original back. After healing the weighting
+gained nothing over the mean there.
 """
 
 from __future__ import annotations
