@@ -36,7 +36,7 @@ stories260K 0.68 of 1.04 MB, 0.77 with rank 4, 0.86 with rank 8):
     mean + plain deltas           0.371 (rank 16)   1440.9 (4)
     mean + deltas                 0.606 (rank 16)   742.3 (4)
     weighted + deltas             0.666 (rank 16)   289.9 (4)     8.37
-    stepwise + deltas             0.516 (rank 16)   279.5 (4)
+    stepwise + deltas             0.516 (rank 16)   279.5 (4)     7.87
     weighted + deltas             0.819 (rank 64)
     stepwise + deltas             0.701 (rank 64)   379.9 (8)
 
