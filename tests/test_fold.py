@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +97,9 @@ def folded(given: fc.Model, **settings) -> fc.Model:
 def outputs(given: fc.Model) -> list[np.ndarray]:
     """Hidden states and logits of the real tokens."""
     ids, mask = inputs()
-    more = (
-        {} if given.config.decoder is None else {"decoder_input_ids": ids[:, :6], "decoder_attention_mask": mask[:, :6]}
-    )
+    more: dict[str, Any] = {}
+    if given.config.decoder is not None:
+        more = {"decoder_input_ids": ids[:, :6], "decoder_attention_mask": mask[:, :6]}
     out = given(ids, mask, **more)
     real = mask[:, :6] if more else mask
     return [np.asarray(x)[real] for x in (out.last_hidden_state, out.logits) if x is not None]
@@ -162,7 +163,7 @@ def test_norms_after_sublayers_are_part_of_the_output():
 # ── factors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def product(*sizes: int) -> LowRank:
+def product(*sizes: int) -> Any:
     """A chain of random factors of these sizes, nested to the right."""
     rng = np.random.default_rng(len(sizes))
     node = jnp.asarray(rng.normal(size=sizes[-2:]), jnp.float32)

@@ -83,7 +83,7 @@ def test_a_ridge_leads_to_the_mean_where_no_input_points():
     rng = np.random.default_rng(1)
     weights = [rng.normal(size=(5, 4)) for _ in range(3)]
     seen = [np.diag([*rng.uniform(1, 2, 3), 0.0, 0.0]) for _ in weights]  # the last two inputs are always zero
-    got = tied_matrix(weights, seen)
+    got = tied_matrix(weights, seen, ridge=0.01)
     np.testing.assert_allclose(got[3:], np.mean(weights, 0)[3:], rtol=1e-12)
     assert np.abs(got[:3] - np.mean(weights, 0)[:3]).max() > 0.01
 
@@ -91,14 +91,15 @@ def test_a_ridge_leads_to_the_mean_where_no_input_points():
 @pytest.mark.parametrize("initializer", ["mean", "weighted"])
 def test_sets_hold_the_mean_of_their_layers(initializer):
     """Each tensor against numpy; layers 0 and 3 use set 0."""
-    model, old = shared(fc.Share(map=(0, 1, 1, 0), initializer=initializer)), values(drawn())
+    model, old = shared(fc.Share(map=(0, 1, 1, 0), initializer=initializer, ridge=0.3)), values(drawn())
     new = values(model)
     for address in [a for a in new if a.startswith("layers/1/") and "norms" not in a]:
         each = [old[address.replace("/1/", f"/{layer}/", 1)] for layer in (1, 2)]
         want = np.mean(each, 0)
         if initializer == "weighted" and address.endswith("/kernel"):
-            c1, c2 = (np.float64(moments()[f"layers/{n}/{address.split('/', 2)[2][:-7]}"]) for n in (1, 2))
-            damping = 0.005 * (np.trace(c1) + np.trace(c2)) / len(c1) * np.eye(len(c1))  # 1 % of the mean diagonal
+            linear = address.split("/", 2)[2].removesuffix("/kernel")
+            c1, c2 = (np.asarray(moments()[f"layers/{n}/{linear}"], np.float64) for n in (1, 2))
+            damping = 0.3 * (np.trace(c1) + np.trace(c2)) / 2 / len(c1) * np.eye(len(c1))
             want = np.linalg.inv(c1 + c2 + 2 * damping) @ ((c1 + damping) @ each[0] + (c2 + damping) @ each[1])
         np.testing.assert_allclose(new[address], want, rtol=0, atol=4 * EPS * np.abs(want).max(), err_msg=address)
     assert model.config.sharing.attention == (0, 1, 1, 0) == model.config.sharing.feed_forward
@@ -106,7 +107,7 @@ def test_sets_hold_the_mean_of_their_layers(initializer):
 
 def test_weighted_sets_lose_less_output_than_means_and_random_ones_most():
     def error(initializer):
-        new = values(shared(fc.Share(map="all", initializer=initializer)))
+        new = values(shared(fc.Share(map="all", initializer=initializer, ridge=0.01)))
         total = 0.0
         for address, weight in kernels().items():
             missing = weight - new["layers/0/" + address.split("/", 2)[2]]
@@ -261,6 +262,7 @@ TIED = BERT.replace(sharing=fc.Sharing.named("pairs", layers=4, norms="own"))
         (lambda: fc.Share(map=(0, 0, 1, 1), sets=3).plan(BERT), "map stores 2 sets, but sets is 3"),
         (lambda: fc.Share(map="all", parts=()), "must name attention, feed_forward or both"),
         (lambda: fc.Share(map="all", residual_rank=-1), "must not be negative"),
+        (lambda: fc.Share(map="all", ridge=0.0), "ridge must be positive"),
         (lambda: fc.Share(map="all", residual_rank=25).plan(BERT), "residual_rank 25 is over 24"),
         (lambda: fc.Share(map="all", residual_rank=24).plan(BERT), "smaller residual_rank"),
         (lambda: fc.Share(map="all").plan(TIED), r"share their attention already, by \[0, 0, 1, 1\]"),

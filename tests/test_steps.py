@@ -150,7 +150,7 @@ STEPS = {
 STEPS |= {
     "drop_layers-count": DropLayers(count=1),
     "drop_layers-first": DropLayers(layers=(0,)),
-    "fold": Fold(),
+    "fold": Fold(pooler="drop"),
     "share-stepwise": Share(map="all"),
     "share-weighted-residual": Share(map=(0, 0), initializer="weighted", residual_rank=3),
     "share-mean": Share(map="pairs", parts=("feed_forward",), initializer="mean"),

@@ -20,14 +20,13 @@ from flaxcompress.model import Model, abstract_flat, init_params
 
 Initializer = Literal["stepwise", "mean", "weighted", "random"]
 MapName = Literal["sequence", "cycle", "cycle_rev", "all", "pairs"]
-_RIDGE = 1e-2  # of the mean diagonal of ΣC_l: inputs that calibration hardly met decide as little as in a mean
 
 
 def tied_matrix(
     weights: Sequence[Float[np.ndarray, "n m"]],
     moments: Sequence[Float[np.ndarray, "n n"]] | None = None,
     *,
-    ridge: float = _RIDGE,
+    ridge: float = 1.0,
 ) -> Float[np.ndarray, "n m"]:
     """The one matrix W' that stands for several W_l, float64: their mean, or the one closest in what they put out.
 
@@ -35,7 +34,9 @@ def tied_matrix(
     W' = (Σ(C_l + λI))⁻¹ Σ(C_l + λI)W_l: a mean weighted by the inputs that each layer sees.
 
     Args:
-      ridge: λ relative to the mean of the diagonals of C_l; the larger, the closer to the mean.
+      ridge: λ relative to the mean of the diagonals of C_l; the larger, the closer to the mean. Errors of layers add
+        up on the way, and inputs change with them: far less than what makes each output best is best for the model, see
+        `experiments/recursive_init.py`.
     """
     own = [np.asarray(weight, np.float64) for weight in weights]
     if moments is None:
@@ -60,7 +61,7 @@ def residual_factors(
 
 
 def stepwise_layer(number: int, sets: int, layers: int) -> int:
-    """The layer whose weights set `number` takes: evenly spaced, the first and the last among them."""
+    """The layer whose weights set `number` takes, by whatever layers it is used: evenly spaced, with both ends."""
     return number * (layers - 1) // (sets - 1) if sets > 1 else 0
 
 
@@ -80,6 +81,7 @@ class Share(Step):
       initializer: a set is the weights of one layer ("stepwise": layers at equal steps, the first and the last among
         them), the "mean" of those that use it, the mean "weighted" by their inputs on calibration text (see
         `tied_matrix`), or "random". Vectors are plain means where matrices are weighted.
+      ridge: how much a weighted mean is drawn to the plain one (see `tied_matrix`).
       residual_rank: R of the deltas; 0 for none.
       residual_whitening: the deltas minimise the error of outputs on calibration text; otherwise that of weights.
       allow_larger: accept deltas with which the model is not smaller.
@@ -91,6 +93,7 @@ class Share(Step):
     sets: int | None = None
     parts: tuple[Literal["attention", "feed_forward"], ...] = ("attention", "feed_forward")
     initializer: Initializer = "stepwise"
+    ridge: float = 1.0
     residual_rank: int = 0
     residual_whitening: bool = True
     allow_larger: bool = False
@@ -103,6 +106,8 @@ class Share(Step):
             raise ValueError(f"Share: parts must name attention, feed_forward or both, got {list(self.parts)}")
         if self.residual_rank < 0:
             raise ValueError(f"Share: residual_rank must not be negative, got {self.residual_rank}")
+        if not self.ridge > 0:
+            raise ValueError(f"Share: ridge must be positive, got {self.ridge}")
 
     def _map(self, layers: int) -> tuple[int, ...]:
         """Each layer's weight set."""
@@ -147,7 +152,7 @@ class Share(Step):
         sharing = dataclasses.replace(config.sharing, **dict.fromkeys(self.parts, each))
         users = _users(each)
         self._check(config, flat, users)
-        new = {"sharing": sharing}
+        new: dict[str, Any] = {"sharing": sharing}
         if "feed_forward" in self.parts:
             new["feed_forward_width"] = tuple(config.feed_forward_width_of(first) for first, *_ in users)
         if self.residual_rank:
@@ -211,7 +216,7 @@ class Share(Step):
         there = [_at(address, layer) for layer in layers]
         weighted = self.initializer == "weighted" and address.endswith("/kernel")
         metrics = [moments[a.removesuffix("/kernel")] for a in there] if weighted else None
-        return tied_matrix([_values(flat[a]) for a in there], metrics)
+        return tied_matrix([_values(flat[a]) for a in there], metrics, ridge=self.ridge)
 
     def _residual(
         self,
