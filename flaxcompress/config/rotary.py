@@ -43,10 +43,8 @@ class Rotary(Part):
     def __post_init__(self):
         object.__setattr__(self, "pairs", tuple(self.pairs))
         if sorted(set(self.pairs)) != list(self.pairs) or not all(0 <= j < self.paired_width // 2 for j in self.pairs):
-            raise ValueError(
-                f"rotary: pairs must rise and lie in 0 … paired_width/2 - 1, got {list(self.pairs)} of a paired_width of "
-                f"{self.paired_width}"
-            )
+            given = f"{list(self.pairs)} of a paired_width of {self.paired_width}"
+            raise ValueError(f"rotary: pairs must rise and lie in 0 … paired_width/2 - 1, got {given}")
         if self.paired_width and not self.pairs:
             raise ValueError(f"rotary: paired_width {self.paired_width} without pairs; give both or none")
         if self.scaling not in ROTARY_SCALINGS:
