@@ -19,7 +19,10 @@ from flaxcompress.compress import (
     Calibration,
     Context,
     FactorizeEmbedding,
+    JointQueryKey,
+    JointValueOutput,
     LowRank,
+    NystromFeedForward,
     Quantize,
     TierSetting,
     Trim,
@@ -112,6 +115,9 @@ STEPS = {
     "low_rank-two_sided": LowRank(pattern=KERNELS, rank=6, whitening="two_sided"),
     "low_rank-sequential": LowRank(pattern=FEED_FORWARD, rank=6, sequential=True, sentences=37),
     "low_rank-energy-ranks": LowRank(pattern=KERNELS, keep=0.6, allocation="energy"),
+    "joint-value-output": JointValueOutput(keep=0.5),
+    "joint-query-key": JointQueryKey(width=5),
+    "nystrom-feed-forward": NystromFeedForward(keep=0.5),
     "quantize-8": Quantize(),
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
@@ -124,7 +130,8 @@ STEPS = {
 CERTAIN = [name for name in STEPS if not any(word in name for word in ("bytes", "average", "ranks"))]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
 SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-2-nearest"}
-SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential"}
+SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential", "joint-query-key"}
+FOLDED = {"joint-value-output": "/attention/output/bias"}  # changed without changing shape
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
 )
@@ -160,7 +167,8 @@ def test_nothing_is_changed_in_place_and_untouched_matrices_stay(name):
     old, new = tree.flatten(tiny().params), tree.flatten(result.params)
     planned = abstract_flat(STEPS[name].plan(tiny().config))
     for address, node in new.items():
-        if tree.signature(planned[address]) == tree.signature(old[address]):
+        folded = name in FOLDED and address.endswith(FOLDED[name])
+        if tree.signature(planned[address]) == tree.signature(old[address]) and not folded:
             np.testing.assert_array_equal(node, old[address], err_msg=address)
 
 
