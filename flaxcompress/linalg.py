@@ -1,4 +1,4 @@
-"""Low-rank approximation of matrices under a metric.
+"""Approximation of matrices and tensors by factors, under a metric.
 
 Float64 on the host, where the sizes of small models take milliseconds; matrices whose smaller side is over `LARGE` are
 cut by a randomized method in float32, under jit, on the device that JAX has.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -292,6 +292,144 @@ def tensor_train(
     return [np.asarray(c).reshape(c.shape[0], n, m, c.shape[-1]) for c, n, m in zip(train, rows, columns, strict=True)]
 
 
+class Metric(NamedTuple):
+    """What an error in some rows costs: ‖S·E‖², with S and its inverse as vectors (diagonal) or matrices."""
+
+    root: np.ndarray
+    inverse: np.ndarray
+
+    def apply(self, rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+        """S·rows."""
+        return self.root[:, None] * rows if self.root.ndim == 1 else self.root @ rows
+
+    def undo(self, rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+        """S⁻¹·rows."""
+        return self.inverse[:, None] * rows if self.inverse.ndim == 1 else self.inverse @ rows
+
+    @classmethod
+    def of_moment(cls, moment: Float[np.ndarray, "n n"], floor: float = 1e-6) -> Metric:
+        """S = C^½ of a second moment of inputs: ‖S·E‖² = E‖xE‖². Eigenvalues are at least `floor` of their mean."""
+        values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
+        roots = np.sqrt(np.maximum(values, floor * values.mean()))
+        return cls((vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T)
+
+    @classmethod
+    def of_weights(cls, weights: Float[np.ndarray, " n"]) -> Metric:
+        """S = diag(√weights): every row's squared error counts by its weight. See `_root` for the smallest."""
+        root = _root(np.asarray(weights, np.float64))
+        return cls(root, 1 / root)
+
+
+def full_cp_rank(modes: Sequence[int]) -> int:
+    """A rank at which the sum of rank-one tensors holds any tensor of these modes: all but the largest, multiplied."""
+    return math.prod(modes) // max(modes)
+
+
+def cp(
+    tensor: Float[np.ndarray, "*modes"], rank: int, *, sweeps: int = 60, tolerance: float = 1e-5, seed: int = 0
+) -> list[np.ndarray]:
+    """Factors [size, R], one per mode, of a sum of R rank-one tensors close to `tensor`, by alternating least squares.
+
+    Kolda & Bader 2009, figure 3.3. From the leading left singular vectors of each unfolding, filled up with normal
+    ones, until a sweep over all modes changes the relative error by less than `tolerance`. What it finds is a local
+    minimum. From `full_cp_rank` on nothing needs to be searched: the largest mode holds the unfolding, the others say
+    which of its columns is meant. The factors of a rank-one tensor all have the same norm.
+    """
+    from tensorly.backend import backend_context  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorly.cp_tensor import CPTensor
+    from tensorly.decomposition import parafac
+
+    if rank >= full_cp_rank(tensor.shape):
+        return _exact_cp(tensor, rank)
+    if (scale := np.linalg.norm(tensor)) == 0:
+        return [np.zeros((size, rank)) for size in tensor.shape]
+    tensor, basis = _squeeze(tensor)
+    rng, start = np.random.default_rng(seed), []
+    for mode, size in enumerate(tensor.shape):
+        vectors = _leading(_unfold(tensor, mode), rank)
+        more = rng.normal(size=(size, rank - vectors.shape[1])) / math.sqrt(size)
+        start.append(np.concatenate([vectors, more], axis=1))
+    # The ridge keeps the normal equations of nearly parallel components solvable; it is far below the tolerance.
+    settings: dict[str, Any] = {"init": CPTensor((None, start)), "n_iter_max": sweeps, "tol": tolerance, "l2_reg": 1e-9}
+    with backend_context("numpy", local_threadsafe=True):
+        found = parafac(tensor / scale, rank, **settings)
+    factors = [q @ np.asarray(factor) for q, factor in zip(basis, found.factors, strict=True)]
+    norms = [np.maximum(np.linalg.norm(factor, axis=0), 1e-300) for factor in factors]
+    even = (scale * math.prod(norms)) ** (1 / len(factors))
+    return [factor / norm * even for factor, norm in zip(factors, norms, strict=True)]
+
+
+def _exact_cp(tensor: np.ndarray, rank: int) -> list[np.ndarray]:
+    """Component r stands for one choice of digits in all modes but the largest; components beyond are zero."""
+    modes = tensor.shape
+    largest = int(np.argmax(modes))
+    others = [size for mode, size in enumerate(modes) if mode != largest]
+    chosen = np.indices(others).reshape(len(others), -1)
+    factors = [np.eye(size)[:, digit] for size, digit in zip(others, chosen, strict=True)]
+    factors.insert(largest, np.moveaxis(tensor, largest, 0).reshape(modes[largest], -1))
+    return [np.pad(factor, ((0, 0), (0, rank - factor.shape[1]))) for factor in factors]
+
+
+def tucker(
+    tensor: Float[np.ndarray, "*modes"], ranks: Sequence[int], *, sweeps: int = 20, tolerance: float = 1e-5
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The core [r_1, …] and orthonormal factors [size, r] of a Tucker decomposition close to `tensor`.
+
+    By higher-order orthogonal iteration (De Lathauwer et al. 2000b, algorithm 4.2) from the leading singular vectors of
+    each unfolding, until a sweep changes the norm of the core by less than `tolerance` of the tensor's; exact at full
+    ranks. Written out here since tensorly's fills a rank above what the others allow with random vectors.
+    """
+    tensor, basis = _squeeze(tensor)
+    modes = range(tensor.ndim)
+    factors = [_leading(_unfold(tensor, mode), rank) for mode, rank in zip(modes, ranks, strict=True)]
+    before, scale = -1.0, np.linalg.norm(tensor)
+    for _ in range(sweeps):
+        for mode, rank in zip(modes, ranks, strict=True):
+            others = [None if other == mode else factor for other, factor in enumerate(factors)]
+            factors[mode] = _leading(_unfold(_project(tensor, others), mode), rank)
+        held = np.linalg.norm(_project(tensor, factors))
+        if held - before <= tolerance * scale:
+            break
+        before = held
+    return _project(tensor, factors), [q @ factor for q, factor in zip(basis, factors, strict=True)]
+
+
+def _squeeze(tensor: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The tensor in an orthonormal basis [size, r] of each mode, r what the others' sizes allow: nothing is lost.
+
+    Decompositions of the squeezed tensor are those of the tensor (Bro & Andersson 1998): a table of many rows and few
+    columns needs no work over its rows but this.
+    """
+    basis = [np.eye(size) for size in tensor.shape]
+    mode = int(np.argmax(tensor.shape))
+    if tensor.shape[mode] > tensor.size // tensor.shape[mode]:
+        basis[mode], small = np.linalg.qr(_unfold(tensor, mode))
+        rest = [size for other, size in enumerate(tensor.shape) if other != mode]
+        tensor = np.moveaxis(small.reshape(len(small), *rest), 0, mode)
+    return tensor, basis
+
+
+def _unfold(tensor: np.ndarray, mode: int) -> np.ndarray:
+    """[size of the mode, all others]."""
+    return np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def _project(tensor: np.ndarray, factors: Sequence[np.ndarray | None]) -> np.ndarray:
+    """The tensor in the factors' coordinates, [size, r] each; None leaves a mode as it is."""
+    for mode, factor in enumerate(factors):
+        if factor is not None:
+            tensor = np.moveaxis(np.tensordot(factor, tensor, (0, mode)), 0, mode)
+    return tensor
+
+
+def _leading(matrix: Float[np.ndarray, "n m"], rank: int) -> Float[np.ndarray, "n r"]:
+    """Orthonormal leading left singular vectors, at most n of them."""
+    n, m = matrix.shape
+    if n <= m or rank > m:
+        return np.linalg.eigh(matrix @ matrix.T)[1][:, ::-1][:, :rank]
+    return np.linalg.qr(matrix @ np.linalg.eigh(matrix.T @ matrix)[1][:, ::-1][:, :rank])[0]
+
+
 def _root(weights: np.ndarray) -> np.ndarray:
     """√weights, floored; all ones when every weight is zero: nothing is known of a matrix that no gradient reached."""
     if not np.any(weights):
@@ -312,3 +450,12 @@ def rank_for_energy(spectrum: Float[np.ndarray, " k"], energy: float) -> int:
     squares = np.asarray(spectrum, np.float64) ** 2
     held = np.cumsum(squares) / squares.sum()
     return int(np.searchsorted(held, energy - 1e-12) + 1)
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to `limit` that fits, where larger ones fit less; 1 where none does."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -37,12 +37,16 @@ def _low_rank(rank, left=DENSE, right=DENSE):
 
 _KERNEL, _TABLE, _ATTENTION = r".*layers/\d+/.*/kernel", "embedding/token", r".*/attention/.*/kernel"
 _TRAIN = {"kind": "tensor_train", "rows": [4, 8], "columns": [8, 4], "ranks": [8]}
+_CP = {"kind": "cp", "rows": [32], "columns": [8, 4], "rank": 8}
+_TUCKER = {"kind": "tucker", "rows": [32], "columns": [4, 8], "ranks": [16, 4, 8]}
 _BANDED = {"kind": "banded", "bands": [[4, 8], [8, 4], [4, 1]]}
 FORMATS = {  # {name: {pattern: spec}}
     "dense-bf16": {_KERNEL: {"kind": "dense", "dtype": "bfloat16"}},
     "low_rank": {_KERNEL: _low_rank(8), _TABLE: _low_rank(16)},
     "low_rank-odd": {_KERNEL: _low_rank(5), _TABLE: _low_rank(7)},
     "tensor_train": {_ATTENTION: _TRAIN, _TABLE: {**_TRAIN, "rows": [5, 8]}},
+    "cp": {_ATTENTION: _CP, _TABLE: {**_CP, "rows": [40]}},
+    "tucker": {_ATTENTION: _TUCKER, _TABLE: {**_TUCKER, "rows": [5, 8], "ranks": [4, 8, 8, 4]}},
     "quantized": {_KERNEL: INT4, _TABLE: INT8},
     "quantized-low_rank": {_KERNEL: _low_rank(8, INT8, INT4), _TABLE: _low_rank(16, INT4, INT8)},
     "banded": {_TABLE: _low_rank(16, _BANDED, INT8)},

@@ -28,6 +28,9 @@ from flaxcompress.ops import depthwise, linformer_attention, nystrom_attention
 V, POSITIONS = 40, 24
 LATENT = Latent(key_value_rank=5, rotary_width=4, plain_width=3, value_width=6)
 QUERIES = {"query_rank": 7, "interleaved": True}
+# What conversion makes of full attention: no norms, a bias of queries, one of the two keys or both.
+OWN_KEYS = Latent(key_value_rank=5, rotary_width=0, plain_width=3, value_width=6, norms=False, query_bias=True)
+SHARED_KEY = Latent(key_value_rank=5, rotary_width=6, plain_width=0, value_width=6, norms=False, query_bias=True)
 GROUPED = {"heads": 4, "key_value_heads": 2, "head_width": 6}
 # Structures that see the whole sequence.
 ENCODERS = {
@@ -38,10 +41,11 @@ ENCODERS = {
         **GROUPED,
         "head_width": 3,
         "query_key_width": 4,
-        "rotary": Rotary(pairs=(1, 4), paired_width=10),
+        "rotary": Rotary(pairs=(1, 4), pairs_of=10),
     },
     "latent": {"attention": LATENT},
     "latent, rotary": {"attention": Latent(**{**vars(LATENT), **QUERIES}), "rotary": Rotary()},
+    "latent, own keys": {"attention": OWN_KEYS},
     "convolved": {"projection_kernel": 3, "feed_forward_kernel": 5},
     "linformer none": {"attention": Linformer(length=4)},
     "linformer none, grouped": {**GROUPED, "attention": Linformer(length=4), "query_key_width": 4},
@@ -60,6 +64,8 @@ DECODERS = {
     "narrow": {**GROUPED, "query_key_width": 4, "rotary": Rotary()},
     "latent": {"attention": LATENT, "rotary": Rotary()},
     "latent, queries": {"attention": Latent(**{**vars(LATENT), **QUERIES}), "rotary": Rotary(), "attention_scale": 0.3},
+    "latent, own keys": {"attention": OWN_KEYS},
+    "latent, shared key": {"attention": SHARED_KEY, "rotary": Rotary(pairs=(2, 0, 2), pairs_of=8, theta=20.0)},
     "latent, window": {"attention": LATENT, "rotary": Rotary(), "window": 4},
     "convolved": {"projection_kernel": 3, "feed_forward_kernel": 2, "rotary": Rotary()},
     "convolved, window": {"projection_kernel": 2, "feed_forward_kernel": 4, "rotary": Rotary(), "window": 4},
@@ -67,7 +73,7 @@ DECODERS = {
 CASES = {**{f"encoder: {n}": s for n, s in ENCODERS.items()}, **{f"decoder: {n}": s for n, s in DECODERS.items()}}
 SLOW = {f"encoder: {n}" for n in ("full", "narrow", "latent", "linformer none", "linformer head", "nystrom")}
 SLOW |= {"encoder: linformer key_value"}
-SLOW |= {"decoder: latent", "decoder: convolved"}  # others have more of the same
+SLOW |= {"encoder: latent, own keys", "decoder: latent", "decoder: convolved"}  # others have more of the same
 
 
 def some(names, prefix=""):
@@ -548,11 +554,12 @@ def test_nystrom_equals_transformers():
         ("encoder: linformer head", {"relative_buckets": 32}, "linformer attention goes with relative_buckets=0 only"),
         ("encoder: linformer none", {"positions": 3}, "length 4 is over the 3 positions"),
         ("encoder: latent", {"query_key_norm": True}, "latent attention goes with query_key_norm=False only"),
+        ("encoder: latent", {"rotary": Rotary(pairs=(0,), pairs_of=4)}, "frequencies for 1 pairs, but 2 turn"),
         ("encoder: latent", {"key_value_heads": 1}, "key_value_heads is 1 and heads is 3"),
         (
             "encoder: full",
-            {"query_key_width": 4, "rotary": Rotary(pairs=(0, 2, 3), paired_width=8)},
-            "keep 3 pairs, but a head is 4 wide",
+            {"query_key_width": 4, "rotary": Rotary(pairs=(0, 2, 3), pairs_of=8)},
+            "frequencies for 3 pairs, but 2 turn",
         ),
         ("encoder: full", {"query_key_width": 3, "rotary": Rotary()}, "turn pairs, but a head is 3 wide"),
         ("encoder: full", {"query_key_width": 0}, "query_key_width must be a positive integer"),
@@ -580,6 +587,7 @@ def test_contradictions_are_refused(name, more, message):
         ({"kind": "nystrom", "landmarks": True}, "landmarks must be an integer"),
         ({**LATENT.to_json(), "query_rank": 0}, "query_rank must be an integer of 1 or more"),
         ({**LATENT.to_json(), "norm_epsilon": 0.0}, "norm_epsilon must be positive"),
+        ({**LATENT.to_json(), "rotary_width": 0, "plain_width": 0}, "rotary_width and plain_width are both 0"),
     ],
 )
 def test_wrong_json_is_refused(data, message):

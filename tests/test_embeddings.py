@@ -38,6 +38,9 @@ TABLE = "embedding/token"
 RANK = {"kind": "low_rank", "rank": 4}
 TRAIN = {"kind": "tensor_train", "rows": [4, 5, 6], "columns": [2, 3, 4], "ranks": [5, 5]}
 SQUARE = {"kind": "tensor_train", "rows": [4, 6], "columns": [6, 4], "ranks": [6]}
+CP = {"kind": "cp", "rows": [10, 11], "columns": [4, 6], "rank": 6}
+TUCKER = {"kind": "tucker", "rows": [101], "columns": [8, 3], "ranks": [10, 8, 3]}
+KERNELS = "layers/.*/attention/.*/kernel"
 TIERS = {
     "kind": "bucketed",
     "tiers": [
@@ -51,6 +54,11 @@ FORMS = {  # config, values of the token table
     "narrow": (BASE.replace(embedding_width=7), V * 7),
     "low_rank": (BASE.with_rule(TABLE, RANK), 4 * (V + D)),
     "tensor_train": (BASE.with_rule(TABLE, TRAIN), 4 * 2 * 5 + 5 * 5 * 3 * 5 + 5 * 6 * 4),
+    "cp": (BASE.with_rule(TABLE, CP).with_rule(KERNELS, {**CP, "rows": [24]}), 6 * (10 + 11 + 4 + 6)),
+    "tucker": (
+        BASE.with_rule(TABLE, TUCKER).with_rule(KERNELS, {**TUCKER, "rows": [4, 6], "ranks": [4, 6, 8, 3]}),
+        10 * 8 * 3 + 101 * 10 + 8 * 8 + 3 * 3,
+    ),
     "bucketed": (BASE.with_rule(TABLE, TIERS), 11 * D + 6 * (30 + D) + 2 * (60 + D) + V),
     "bucketed-trains": (
         BASE.with_rule(
@@ -65,9 +73,9 @@ FORMS = {  # config, values of the token table
         ),
         21 * D + 4 * 2 * 3 + 3 * 4 * 3 * 3 + 3 * 5 * 4 + V,
     ),
-    "train-kernels": (BASE.with_rule("layers/.*/attention/.*/kernel", SQUARE).with_rule(TABLE, RANK), 4 * (V + D)),
+    "train-kernels": (BASE.with_rule(KERNELS, SQUARE).with_rule(TABLE, RANK), 4 * (V + D)),
 }
-QUICK = ("narrow", "tensor_train", "bucketed")
+QUICK = ("narrow", "tensor_train", "cp", "tucker", "bucketed")
 MOST = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in FORMS])
 EVERY = pytest.mark.parametrize("name", FORMS)
 IDS = np.random.default_rng(0).integers(0, V, (2, 7))

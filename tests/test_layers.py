@@ -576,6 +576,9 @@ ADAPTED = {
         sharing=fc.Sharing(attention=(0, 0, 0, 0), feed_forward=(0, 1, 2, 3), norms=(0, 0, 0, 0), deltas=(0, 1, 0, 1)),
         deltas=fc.Deltas(rank=2),
     ),
+    "biases": BASE.replace(
+        sharing=fc.Sharing.named("cycle", layers=4, sets=2), deltas=fc.Deltas(rank=2, bias=True), output_bias=False
+    ),
     "formats": TIED.replace(deltas=fc.Deltas(rank=3))
     .with_rule("layers/0/(attention|feed_forward)/.*/kernel", {"kind": "quantized", "bits": 8})
     .with_rule("layers/2/deltas/.*", {"kind": "dense", "dtype": "float16"}),
@@ -596,7 +599,7 @@ def test_deltas_change_nothing_at_first():
     np.testing.assert_array_equal(run_stack(config, layers), run_stack(TIED, without))
 
 
-@pytest.mark.parametrize("name", quick(ADAPTED, ["gated-cycle", "shared-deltas", "formats"]))
+@pytest.mark.parametrize("name", quick(ADAPTED, ["gated-cycle", "shared-deltas", "formats", "biases"]))
 def test_deltas_equal_layers_of_their_own_and_pytorch(name, tmp_path):
     """Base and delta multiplied out, layer by layer, compute the same without any; a stock BERT too."""
     pytest.importorskip("transformers")
@@ -618,9 +621,13 @@ def test_deltas_equal_layers_of_their_own_and_pytorch(name, tmp_path):
         want = base + config.deltas.scale * down @ up
         got = materialize(plain[f"layers/{layer}/feed_forward/down/kernel"])
         np.testing.assert_allclose(got, want, rtol=0, atol=16 * EPS * np.abs(want).max())
+        if config.deltas.bias:
+            want = flat[f"{at['feed_forward']}/down/bias"] + flat[f"{at['deltas']}/feed_forward/down/bias"]
+            np.testing.assert_array_equal(plain[f"layers/{layer}/feed_forward/down/bias"], want)
+            assert f"{at['deltas']}/attention/output/bias" not in flat
     got, want = model(IDS).last_hidden_state, merged(IDS).last_hidden_state
     np.testing.assert_allclose(got, want, rtol=0, atol=256 * 4 * EPS * np.abs(want).max())
-    if not config.gated:
+    if not config.gated and config.output_bias:
         assert check_folder(model, fc.export(model, tmp_path / "stock", format="torch-dense")) <= 2e-3
 
 

@@ -184,12 +184,13 @@ def test_what_decays():
     assert jax.tree.structure(matrices(params)) == jax.tree.structure(params)
 
 
-def test_a_tensor_train_has_no_map_for_muon():
-    spec = parse_spec({"kind": "tensor_train", "rows": [2, 3], "columns": [2, 2], "ranks": [2]})
+@pytest.mark.parametrize("ranks", [{"kind": "tensor_train", "ranks": 2}, {"kind": "cp", "rank": 2}], ids=str)
+def test_a_tensors_factors_are_no_map_for_muon(ranks):
+    spec = parse_spec({"rows": [2, 3], "columns": [2, 2], **ranks})
     node = spec.init(jax.random.key(0), (6, 4), jax.nn.initializers.normal(), table=False)
     params = {"layers": {"attention": {"000": {"query": {"kernel": jax.tree.map(lambda leaf: leaf[None], node)}}}}}
     found = [describe(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    assert len(found) == 2 and all(leaf.matrix and not leaf.dense_map for leaf in found)
+    assert found and all(leaf.matrix and not leaf.dense_map for leaf in found)
 
 
 @pytest.mark.parametrize(

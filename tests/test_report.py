@@ -121,11 +121,36 @@ def test_profile_of_compressed_formats():
             {"kind": "tensor_train", "rows": [20, 30, 51], "columns": [8, 8, 6], "ranks": [16, 12], "dtype": "float32"},
             "tensor_train 20·30·51×8·8·6, rank 16",
         ),
+        (
+            {"kind": "cp", "rows": [384], "columns": [16, 24], "rank": 96, "dtype": "float32"},
+            "cp 384×16·24, rank 96",
+        ),
+        (
+            {"kind": "tucker", "rows": [384], "columns": [16, 24], "ranks": [96, 8, 20], "dtype": "float32"},
+            "tucker 384×16·24, rank 96·8·20",
+        ),
         ({"kind": "unknown", "ranks": [1, 2], "order": 3}, "unknown order 3"),
     ],
 )
 def test_describe(spec, want):
     assert describe(spec) == want
+
+
+def test_inspect_says_how_decomposed_tensors_are_applied():
+    cheap = {"kind": "cp", "rows": [D], "columns": [4, D // 4], "rank": 3}
+    config = make().config.replace(layers=1, sharing=None, formats=())
+    config = config.with_rule("layers/.*/feed_forward/down/kernel", {**cheap, "rows": [F]})
+    config = config.with_rule("layers/.*/attention/.*/kernel", {**cheap, "rank": 3 * D}).with_rule(
+        "embedding/token", {**cheap, "rows": [config.vocabulary]}
+    )
+    parts = {part.part: part for part in profile(abstract(config), length=T).parts}
+    assert parts["attention"].format.endswith(f"rank {3 * D}, multiplied back")
+    assert "rank 3, decomposed" in parts["feed_forward"].format
+    assert parts["token table"].format == f"cp {config.vocabulary}×4·{D // 4}, rank 3"
+    dense = profile(abstract(config.replace(formats=())), length=T)
+    flops = {part.part: part.flops_per_token for part in dense.parts}
+    assert parts["attention"].flops_per_token == flops["attention"]
+    assert parts["feed_forward"].flops_per_token < flops["feed_forward"]
 
 
 def test_profile_is_the_same_for_real_parameters():

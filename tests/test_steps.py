@@ -12,23 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxcompress import linalg, tree
 from flaxcompress import model as model_file
-from flaxcompress import tree
 from flaxcompress.compress import (
+    AutoencodeEmbedding,
     BitsFor,
     Calibration,
     Context,
+    DropLayers,
     FactorizeEmbedding,
+    Fold,
     JointQueryKey,
     JointValueOutput,
     LowRank,
     NystromFeedForward,
     Quantize,
+    SeparableConvolutions,
+    Share,
+    Tensorize,
+    TensorTrainEmbedding,
     TierSetting,
+    ToLatentAttention,
     Trim,
     known_steps,
     step_from_json,
 )
+from flaxcompress.compress.autoencode_embedding import compress_matrix as train_factors
 from flaxcompress.config import ModelConfig, Sharing
 from flaxcompress.data import CalibrationText
 from flaxcompress.formats import Format, materialize, nbytes, to_tensors
@@ -107,6 +116,9 @@ STEPS = {
     "embedding-float-tiers": FactorizeEmbedding(tiers=(TierSetting(rows=50, rank=12), TierSetting(rank=4))),
     "embedding-bytes": FactorizeEmbedding(target_bytes=2600, max_tiers=2),
     "embedding-average-bits": FactorizeEmbedding(average_bits=6.0, max_tiers=2, weighting="fisher"),
+    "embedding-train": TensorTrainEmbedding(keep=0.4, cores=2),
+    "embedding-train-plain": TensorTrainEmbedding(rank=9, weighting="none"),
+    "embedding-autoencoder": AutoencodeEmbedding(rank=9, steps=20),
     "low_rank-activation": LowRank(pattern=FEED_FORWARD, rank=6),
     "low_rank-none": LowRank(pattern=KERNELS, keep=0.6, whitening="none"),
     "low_rank-fisher": LowRank(pattern=KERNELS, rank=6, whitening="fisher"),
@@ -118,6 +130,16 @@ STEPS = {
     "joint-value-output": JointValueOutput(keep=0.5),
     "joint-query-key": JointQueryKey(width=5),
     "nystrom-feed-forward": NystromFeedForward(keep=0.5),
+    "tensorize-cp": Tensorize(pattern=FEED_FORWARD, kind="cp", rank=6),
+    "tensorize-tucker": Tensorize(pattern=KERNELS, keep=0.6),
+    "tensorize-train": Tensorize(pattern=KERNELS, kind="tensor_train", keep=0.5),
+    "tensorize-paired": Tensorize(
+        pattern=KERNELS, kind="tensor_train", keep=0.5, whitened=False, input_modes=2, output_modes=2
+    ),
+    "tensorize-cp-cut": Tensorize(pattern=KERNELS, kind="cp", keep=0.6, whitened=False, input_modes=2),
+    "separable": SeparableConvolutions(projection_kernel=3, feed_forward_kernel=5),
+    "latent-activation": ToLatentAttention(rank=9),
+    "latent-none": ToLatentAttention(keep=0.2, whitening="none"),
     "quantize-8": Quantize(),
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
@@ -127,11 +149,30 @@ STEPS = {
         bits=4, overrides=(BitsFor(pattern=FEED_FORWARD, bits=3, group=8), BitsFor(pattern=TOKEN, bits=8))
     ),
 }
+STEPS |= {
+    "drop_layers-count": DropLayers(count=1),
+    "drop_layers-first": DropLayers(layers=(0,)),
+    "fold": Fold(),
+    "share-stepwise": Share(map="all"),
+    "share-weighted-residual": Share(map=(0, 0), initializer="weighted", residual_rank=3),
+    "share-mean": Share(map="pairs", parts=("feed_forward",), initializer="mean"),
+    "share-random": Share(map="sequence", sets=1, parts=("attention",), initializer="random"),
+}
+# Addresses whose matrices a step gives other values though their shapes stay.
+REWRITTEN = {
+    "DropLayers": r"layers/\d+/.*",
+    "Share": r"layers/\d+/.*",
+    "ToLatentAttention": r".*/attention/output/bias",  # the values' bias moves there
+    "JointValueOutput": r".*/attention/output/bias",
+}
 CERTAIN = [name for name in STEPS if not any(word in name for word in ("bytes", "average", "ranks"))]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
 SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-2-nearest"}
-SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential", "joint-query-key"}
-FOLDED = {"joint-value-output": "/attention/output/bias"}  # changed without changing shape
+SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential"}
+SLOW |= {"share-mean", "share-random"}
+SLOW |= {"tensorize-tucker", "tensorize-paired", "tensorize-cp-cut"}
+SLOW |= {"latent-none"}
+SLOW |= {"joint-query-key"}
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
 )
@@ -166,15 +207,18 @@ def test_nothing_is_changed_in_place_and_untouched_matrices_stay(name):
     jax.tree.map(np.testing.assert_array_equal, tiny().params, before)
     old, new = tree.flatten(tiny().params), tree.flatten(result.params)
     planned = abstract_flat(STEPS[name].plan(tiny().config))
+    rewritten = re.compile(REWRITTEN.get(STEPS[name].name, "(?!)"))
     for address, node in new.items():
-        folded = name in FOLDED and address.endswith(FOLDED[name])
-        if tree.signature(planned[address]) == tree.signature(old[address]) and not folded:
+        same = address in old and tree.signature(planned[address]) == tree.signature(old[address])
+        if same and not rewritten.fullmatch(address):
             np.testing.assert_array_equal(node, old[address], err_msg=address)
 
 
 @EVERY
 def test_result_is_smaller(name):
-    assert applied(STEPS[name]).nbytes < tiny().nbytes
+    """But for what only makes more of a model trainable."""
+    bytes_of = applied(STEPS[name]).nbytes
+    assert bytes_of > tiny().nbytes if name == "separable" else bytes_of < tiny().nbytes
 
 
 @EVERY
@@ -194,7 +238,7 @@ def test_settings_survive_json(name):
 
 
 def test_the_table_covers_every_step():
-    own_files = {"Heal", "TrimVocabulary"}
+    own_files = {"Allocate", "Heal", "TrimVocabulary"}
     assert {step.name for step in STEPS.values()} | own_files == set(known_steps())
 
 
@@ -303,6 +347,13 @@ def test_whitening_beats_plain_on_outputs():
     assert hidden_error(whitened) < hidden_error(plain)
 
 
+@pytest.mark.parametrize("kind", ["cp", "tucker", "tensor_train"])
+def test_whitened_tensors_beat_plain_ones_on_outputs(kind):
+    whitened, plain = (Tensorize(pattern=FEED_FORWARD, kind=kind, keep=0.4, whitened=w) for w in (True, False))
+    for address in tree.select(tree.flatten(tiny().params), FEED_FORWARD):
+        assert output_error(whitened, address) < output_error(plain, address)
+
+
 def test_gptq_beats_nearest_on_hidden_states():
     errors = {
         r: hidden_error(Quantize(bits=3, group=8, pattern=KERNELS, rounding=r)) for r in ("gptq", "mse", "nearest")
@@ -322,8 +373,15 @@ def test_more_bits_and_more_rank_are_closer():
 def test_full_rank_is_lossless():
     step = LowRank(pattern=KERNELS, rank=24, allow_larger=True, whitening="none")
     assert hidden_error(step) < 1e-9  # of the variance: float32 factors
-    table = FactorizeEmbedding(rank=24, allow_larger=True, weighting="none")
-    assert token_error(table) < 1e-9 * float((tree.flatten(tiny().params)[TOKEN] ** 2).sum())
+    for table in (
+        FactorizeEmbedding(rank=24, allow_larger=True, weighting="none"),
+        TensorTrainEmbedding(rank=200, cores=3, allow_larger=True),
+        AutoencodeEmbedding(rank=24, allow_larger=True, steps=1),
+    ):
+        assert token_error(table) < 1e-9 * float((tree.flatten(tiny().params)[TOKEN] ** 2).sum())
+    for kind in ("cp", "tucker", "tensor_train"):
+        step = Tensorize(pattern=KERNELS, kind=kind, rank=200, allow_larger=True)
+        assert hidden_error(step) < 1e-9
 
 
 def test_frequency_weighting_serves_frequent_tokens():
@@ -332,6 +390,114 @@ def test_frequency_weighting_serves_frequent_tokens():
     counts = calibration().token_counts
     assert token_error(weighted, counts) < token_error(plain, counts)
     assert token_error(plain) < token_error(weighted)
+
+
+def test_a_train_weighs_blocks_of_ids():
+    """Ids are ordered by frequency: the first blocks come out better than without weights, the last ones worse."""
+    plain, weighted = (TensorTrainEmbedding(rank=9, weighting=w, power=1.0) for w in ("none", "frequency"))
+    spec = applied(plain).config.format_rule(TOKEN)
+    first = np.arange(200) < np.prod(spec["rows"][1:])
+    assert token_error(weighted, first) < 0.9 * token_error(plain, first)
+    assert token_error(plain, ~first) < token_error(weighted, ~first)
+
+
+def test_an_autoencoder_of_squares_is_the_svd_and_one_of_cosines_goes_beyond_it():
+    rng = np.random.default_rng(5)
+    lengths = np.exp(rng.normal(size=(300, 1)))  # the SVD serves the long rows
+    table = (lengths * (rng.normal(size=(300, 24)) @ np.diag(np.geomspace(2, 0.2, 24)))).astype(np.float32)
+    weights = rng.exponential(size=300)
+    start = linalg.row_weighted_svd(table, 6, weights)
+    by_squares = train_factors(table, 6, weights, cosine=0.0, steps=60)
+    want, got = start.left @ start.right, np.asarray(materialize(by_squares.node))
+    assert by_squares.after <= by_squares.before
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-2 * np.abs(want).max())  # where Adam's steps end
+    by_cosine = train_factors(table, 6, weights, cosine=1.0, steps=200)
+
+    def missing(approximation):
+        cosines = (table * approximation).sum(1) / np.linalg.norm(table, axis=1) / np.linalg.norm(approximation, axis=1)
+        return float(weights @ (1 - cosines) / weights.sum())
+
+    n_terms = 300  # in the sum over rows, and 24 in each cosine
+    atol = 8 * float(np.finfo(np.float32).eps) * np.sqrt(24 * n_terms)
+    assert abs(by_cosine.before - missing(want)) <= atol
+    assert abs(by_cosine.after - missing(np.asarray(materialize(by_cosine.node)))) <= atol
+    assert by_cosine.after < 0.95 * by_cosine.before
+
+
+def test_the_heads_metric_serves_logits():
+    """E‖h(Ê - E)ᵀ‖² over real hidden states is smaller than in the plain metric, and its moment is that of h."""
+    config = CONFIG.replace(head="masked_lm")
+    rng = np.random.default_rng(2)
+    drawn = {a: jnp.asarray(rng.normal(size=n.shape) * 0.5, jnp.float32) for a, n in abstract_flat(config).items()}
+    drawn["head/norm/scale"] = jnp.asarray(np.geomspace(4, 0.1, 24), jnp.float32)
+    model = Model(params=tree.unflatten(drawn), config=config, assets=tiny().assets)
+    own = Calibration(text(), tiny().assets, vocabulary=200)
+    shared = Context(original=model, calibration=own)
+    ids, mask = inputs()
+    logits = np.asarray(model(ids, mask).logits, np.float64)[mask] - np.asarray(drawn["head/bias"], np.float64)
+    table = np.asarray(drawn[TOKEN], np.float64)
+    h = logits @ np.linalg.pinv(table).T
+    atol = 1e-4 * np.abs(h.T @ h / len(h)).max()  # logits of 24 terms, and a pseudo-inverse of condition below 100
+    np.testing.assert_allclose(own.head_moment(model), h.T @ h / len(h), rtol=0, atol=atol)
+    errors = {}
+    for weighting in ("frequency", "head"):
+        step = FactorizeEmbedding(rank=9, weighting=weighting, prior="uniform", power=0.01)  # rows weigh alike
+        small = step(model, shared, key=jax.random.key(0))
+        e = np.asarray(materialize(tree.flatten(small.params)[TOKEN]), np.float64) - table
+        errors[weighting] = np.square(h @ e.T).sum()
+    assert errors["head"] < 0.8 * errors["frequency"]
+    with pytest.raises(ValueError, match=r"weighting: head needs a head that is tied.*'none'"):
+        FactorizeEmbedding(rank=9, weighting="head").plan(CONFIG)
+
+
+STRUCTURES = {
+    "encoder": {"head": "masked_lm"},
+    "causal": {"causal": True, "head": "causal_lm", "gated": True, "key_value_heads": 1, "segments": 0},
+    "decoder": {"segments": 0, "pooler": False},
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_separable_convolutions_begin_as_what_was_there(name):
+    """At the token itself, causal or centred; the taps are used: moved, they change the output."""
+    config = CONFIG.replace(**STRUCTURES[name])
+    if name == "decoder":
+        sharing = Sharing(attention=(0, 1), feed_forward=(0, 1), norms=(0, 1), cross_attention=(0, 1))
+        inner = config.replace(vocabulary=0, causal=True, sharing=sharing)
+        config = config.replace(decoder=inner, head="seq2seq_lm")
+    model = Model.init(config, key=jax.random.key(1, impl="rbg"))
+    ids = np.random.default_rng(0).integers(5, 200, (2, 9))
+    given = {"decoder_input_ids": ids[:, ::-1]} if name == "decoder" else {}
+    step = SeparableConvolutions(projection_kernel=3, feed_forward_kernel=3)
+    changed = step(model, Context(original=model), key=jax.random.key(0))
+    want, got = model(ids, **given).logits, changed(ids, **given).logits
+    atol = 8 * float(np.finfo(np.float32).eps) * np.sqrt(32) * np.abs(want).max()  # the longest sum, over F
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+    moved = tree.update(changed.params, lambda a, node: node + 0.5 if a.endswith("/taps") else node)
+    other = changed.replace(params=moved)(ids, **given).logits  # pyright: ignore[reportAttributeAccessIssue]
+    assert np.abs(other - want).max() > 1e3 * atol
+
+
+def test_no_taps_make_up_for_a_lower_rank():
+    """Alternating least squares over taps and a pointwise map of rank R ends at or above what the rank alone leaves."""
+    rng = np.random.default_rng(4)
+    count, n, rank = 400, 6, 2
+    x = np.cumsum(rng.normal(size=(count + 2, n)) @ rng.normal(size=(n, n)), axis=0)  # neighbours are alike
+    x -= x.mean(0)
+    shifted = np.stack([x[i : i + count] for i in range(3)])  # before, at and after the token
+    y = shifted[1] @ rng.normal(size=(n, 5))
+    tail = np.square(np.linalg.svd(y, compute_uv=False)[rank:]).sum()
+    for start in range(3):
+        taps, losses = rng.normal(size=(3, n)) + (np.arange(3) == start)[:, None], []
+        for _ in range(30):
+            z = np.einsum("itd,id->td", shifted, taps)
+            best = z @ np.linalg.lstsq(z, y, rcond=None)[0]
+            right = np.linalg.svd(best, full_matrices=False)[2][:rank]
+            pointwise = np.linalg.lstsq(z, y @ right.T, rcond=None)[0] @ right
+            losses.append(np.square(z @ pointwise - y).sum())
+            features = np.einsum("itd,dm->tmid", shifted, pointwise).reshape(count * 5, -1)
+            taps = np.linalg.lstsq(features, y.reshape(-1), rcond=None)[0].reshape(3, n)
+        assert min(losses) >= tail * (1 - 1e-9) and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("target", [1800, 2600, pytest.param(5000, marks=pytest.mark.slow)])
@@ -490,6 +656,21 @@ WRONG = {
         planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=5, bits=5), TierSetting(rank=3))),
         "bits must be one of",
     ),
+    "train neither": (planned(TensorTrainEmbedding), "TensorTrainEmbedding: give either rank or keep"),
+    "train keep": (planned(TensorTrainEmbedding, keep=0.0), r"keep 0.0 must lie in \(0, 1\]"),
+    "train rank": (planned(TensorTrainEmbedding, rank=0), "at least rank 1 and 2 cores"),
+    "train cores": (planned(TensorTrainEmbedding, rank=3, cores=1), "at least rank 1 and 2 cores"),
+    "train power": (planned(TensorTrainEmbedding, rank=3, power=3.0), r"power 3.0 must lie in \(0, 2\]"),
+    "train larger": (planned(TensorTrainEmbedding, rank=99), "would enlarge a 200×24 table.*allow_larger"),
+    "autoencoder cosine": (planned(AutoencodeEmbedding, rank=3, cosine=1.5), r"cosine 1.5 must lie in \[0, 1\]"),
+    "autoencoder steps": (planned(AutoencodeEmbedding, rank=3, steps=0), "0 steps at rate"),
+    "autoencoder rank": (planned(AutoencodeEmbedding, rank=22), "would enlarge a 200×24 matrix; use rank <= 21"),
+    "separable neither": (planned(SeparableConvolutions), "give projection_kernel, feed_forward_kernel or both"),
+    "separable even": (planned(SeparableConvolutions, projection_kernel=4), "above 1 and, unless causal, odd; got 4"),
+    "separable twice": (
+        lambda: SeparableConvolutions(feed_forward_kernel=3).plan(CONFIG.replace(feed_forward_kernel=5)),
+        "convolutions of feed_forward_kernel 5 already",
+    ),
     "low_rank pattern": (
         planned(LowRank, pattern="layers/0/feed_forward/upp/kernel", rank=3),
         "matches no parameter.*did you mean 'layers/0/feed_forward/up/kernel'",
@@ -502,6 +683,16 @@ WRONG = {
     "low_rank break-even": (
         planned(LowRank, pattern=FEED_FORWARD, rank=14),
         "rank 14 would enlarge a (24×32|32×24) matrix; use rank <= 13.*allow_larger",
+    ),
+    "tensorize neither": (planned(Tensorize, pattern=KERNELS), "Tensorize: give either rank or keep"),
+    "tensorize keep": (planned(Tensorize, pattern=KERNELS, keep=2.0), r"keep 2.0 must lie in \(0, 1\]"),
+    "tensorize rank": (planned(Tensorize, pattern=KERNELS, rank=0), "rank 0 must be at least 1"),
+    "tensorize modes": (planned(Tensorize, pattern=KERNELS, rank=3, output_modes=1), "3 in all.*LowRank"),
+    "tensorize whitened": (planned(Tensorize, pattern=KERNELS, rank=3, input_modes=2), "set whitened: false"),
+    "tensorize pattern": (planned(Tensorize, pattern="layer/.*", rank=3), "Tensorize/pattern: 'layer/.*' matches no"),
+    "tensorize larger": (
+        planned(Tensorize, pattern=FEED_FORWARD, kind="cp", rank=30),
+        "a cp of .* values would enlarge a (24×32|32×24) matrix.*allow_larger",
     ),
     "quantize bits": (planned(Quantize, bits=5), "bits must be one of"),
     "quantize group": (planned(Quantize, group=0), "group must be a positive integer"),
@@ -562,7 +753,14 @@ def test_json_numbers_and_defaults():
 
 
 @pytest.mark.parametrize(
-    "step", [LowRank(pattern=KERNELS, rank=3), FactorizeEmbedding(rank=3), Quantize(bits=4)], ids=lambda s: s.name
+    "step",
+    [
+        LowRank(pattern=KERNELS, rank=3),
+        Tensorize(pattern=KERNELS, rank=3),
+        FactorizeEmbedding(rank=3),
+        Quantize(bits=4),
+    ],
+    ids=lambda s: s.name,
 )
 def test_steps_that_need_text_say_so(step):
     with pytest.raises(ValueError, match=f"{step.name}: needs calibration text; pass calibration="):
@@ -572,6 +770,8 @@ def test_steps_that_need_text_say_so(step):
 def test_whitening_where_nothing_was_recorded_says_so():
     with pytest.raises(ValueError, match="no activations are recorded for pooler/dense/kernel; use whitening: none"):
         LowRank(pattern="pooler/dense/kernel", rank=3)(tiny(), context(), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="no activations are recorded for pooler/dense/kernel; use whitened: false"):
+        Tensorize(pattern="pooler/dense/kernel", rank=3)(tiny(), context(), key=jax.random.key(0))
 
 
 def test_fisher_where_nothing_is_read_says_so_or_stays_finite():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -13,6 +14,14 @@ MODEL = "a folder, a Hugging Face hub id, or minilm"
 ModelName = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL)]
 JsonFile = Annotated[Path | None, arg(name="json", metavar="FILE", help="also writes the result to this JSON file")]
 Overwrite = Annotated[bool, arg(help="replaces the output folder if it exists")]
+DATA = Annotated[
+    tuple[str, ...] | None,
+    arg(
+        metavar="FILE…",
+        help="text to calibrate and heal on: txt, tsv or jsonl, each plain or .gz, FILE:COLUMN names a column",
+        help_behavior_hint="(default: docstrings of Python's standard library)",
+    ),
+]
 Debug = Annotated[bool, arg(help="shows the traceback of an error")]
 
 
@@ -60,3 +69,14 @@ def with_caption(table: Any, line: str) -> Any:
 
     table.caption = Text(f"{table.caption}\n{line}" if table.caption else line)
     return table
+
+
+def check_data(files: Sequence[str] | None, verb: str) -> None:
+    """Raises where --data names no file, or one that does not exist: the library would take the name for a text."""
+    from flaxcompress.data.readers import parse_source
+
+    if files is not None and not files:
+        raise ValueError(f"{verb}: --data names no file; give at least one, or leave it out")
+    for file in files or ():
+        if not parse_source(file)[0].exists():
+            raise FileNotFoundError(f"{file}: no such file (--data)")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from flaxcompress.cli.command import Debug, ModelName, Overwrite, Verb, with_caption
+from flaxcompress.cli.command import DATA, Debug, ModelName, Overwrite, Verb, check_data, with_caption
 from flaxcompress.cli.files import absolute
 from flaxcompress.cli.torch_check import PyTorchCheck
 
@@ -31,15 +30,15 @@ class Compress(Verb):
     recipe: Annotated[str, arg(metavar="NAME|FILE", help="light, balanced, small, tiny, nano or a YAML file")] = (
         "balanced"
     )
-    target: Annotated[str | None, arg(metavar="8x|10MB", help="adjusts the recipe to reach this size")] = None
-    data: Annotated[
-        tuple[str, ...] | None,
-        arg(
-            metavar="FILE…",
-            help="text to calibrate and heal on: txt, tsv or jsonl, each plain or .gz, FILE:COLUMN names a column",
-            help_behavior_hint="(default: docstrings of Python's standard library)",
-        ),
+    target: Annotated[
+        str | None,
+        arg(metavar="8x|10MB|2x-faster", help="chooses what each matrix becomes, for this size or speed"),
     ] = None
+    max_drop: Annotated[
+        str | None,
+        arg(metavar="1%", help="the same for the smallest model that loses at most this before healing (1 - cosine)"),
+    ] = None
+    data: DATA = None
     heal_steps: Annotated[
         int | None, arg(metavar="N", help="steps of healing, 0 for none", help_behavior_hint="(default: the recipe's)")
     ] = None
@@ -54,6 +53,12 @@ class Compress(Verb):
     seed: Annotated[int, arg(metavar="N", help="of everything random")] = 0
     debug: Debug = False
 
+    def check(self) -> None:
+        if self.target is not None and self.max_drop is not None:
+            raise ValueError("compress: --target and --max-drop exclude each other; give one")
+        if self.max_drop is not None and not self.max_drop.strip().endswith("%"):
+            raise ValueError(f"compress: --max-drop {self.max_drop!r}: give a share such as 1%")
+
     def run(self) -> Any:
         """Returns the report's table, or the plan's."""
         import jax
@@ -64,25 +69,26 @@ class Compress(Verb):
         from flaxcompress.folder import load, save
         from flaxcompress.train.mesh import make_mesh, parse_mesh
 
-        mesh = None if self.mesh is None else make_mesh(**parse_mesh(self.mesh))
+        mesh = None if self.mesh is None else make_mesh(**parse_mesh(self.mesh))  # pyright: ignore[reportArgumentType]
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"compress: --seed must lie in 0 … {2**32 - 1}, got {self.seed}")
         out = absolute(self.out)
         storage.check_output(out, overwrite=self.overwrite)
-        _check_data(self.data)
+        check_data(self.data, "compress")
         model = load(self.model)
         recipe = Recipe.load(self.recipe)
-        if self.target is not None:
-            recipe = recipe.with_target(self.target, model)
+        if (target := self.target or self.max_drop) is not None:
+            recipe = recipe.with_target(target, model)
         if self.heal_steps is not None:
             recipe = recipe.with_heal_steps(self.heal_steps)
         if self.dry_run:
-            return recipe.plan(model).table()
+            return self._plan(model, recipe)
+        calibration = None if self.data is None else list(self.data)
         work = work_folder(out)
         small, report = compress(
             model,
             recipe,
-            calibration=None if self.data is None else list(self.data),
+            calibration=calibration,
             key=jax.random.key(self.seed),
             work=work,
             statistics=self.statistics,
@@ -95,18 +101,22 @@ class Compress(Verb):
         table = report.table()
         return with_caption(table, f"written to {self.out}; {check.outcome}")
 
+    def _plan(self, model: Any, recipe: Any) -> Any:
+        """The plan's table, and below it that of an allocation's choices."""
+        import jax
+        from rich.console import Group
+
+        from flaxcompress.compress.run import predict
+
+        plan = recipe.plan(model).table()
+        if not any(step.name == "Allocate" for step in recipe.steps):
+            return plan
+        data = None if self.data is None else list(self.data)
+        key = jax.random.key(self.seed)
+        found = predict(model, recipe, calibration=data, key=key, statistics=self.statistics, progress=True)
+        return plan if found is None else Group(plan, found.table())
+
 
 def work_folder(out: Path) -> Path:
     """Where a compression into `out` keeps its checkpoints: a hidden sibling, removed at the end."""
     return out.parent / f".{out.name}.work"
-
-
-def _check_data(files: Sequence[str] | None) -> None:
-    """Raises where --data names no file, or one that does not exist: the library would take the name for a text."""
-    from flaxcompress.data.readers import parse_source
-
-    if files is not None and not files:
-        raise ValueError("compress: --data names no file; give at least one, or leave it out")
-    for file in files or ():
-        if not parse_source(file)[0].exists():
-            raise FileNotFoundError(f"{file}: no such file (--data)")

@@ -11,11 +11,13 @@ from flaxcompress.cli.export import Export
 from flaxcompress.cli.generate import Generate
 from flaxcompress.cli.inspect import Inspect
 from flaxcompress.cli.plan import Plan
+from flaxcompress.cli.sensitivity import Sensitivity
 from flaxcompress.cli.train import Train
 
 VERBS: dict[str, type[Verb]] = {
     "inspect": Inspect,
     "compress": Compress,
+    "sensitivity": Sensitivity,
     "train": Train,
     "evaluate": Evaluate,
     "encode": Encode,

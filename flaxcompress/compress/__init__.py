@@ -1,7 +1,11 @@
 """Compression: one file per method. A new method is one file and one import here."""
 
+from flaxcompress.compress.allocate import Allocate
+from flaxcompress.compress.autoencode_embedding import AutoencodeEmbedding
 from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.drop_layers import DropLayers
 from flaxcompress.compress.factorize_embedding import FactorizeEmbedding
+from flaxcompress.compress.fold import Fold
 from flaxcompress.compress.heal import Heal
 from flaxcompress.compress.joint_query_key import JointQueryKey
 from flaxcompress.compress.joint_value_output import JointValueOutput
@@ -10,16 +14,25 @@ from flaxcompress.compress.nystrom_feed_forward import NystromFeedForward
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
+from flaxcompress.compress.separable_convolutions import SeparableConvolutions
+from flaxcompress.compress.share import Share
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
+from flaxcompress.compress.tensor_train_embedding import TensorTrainEmbedding
+from flaxcompress.compress.tensorize import Tensorize
 from flaxcompress.compress.tiers import TierSetting
+from flaxcompress.compress.to_latent_attention import ToLatentAttention
 from flaxcompress.compress.trim import Trim
 from flaxcompress.compress.trim_vocabulary import TrimVocabulary
 
 __all__ = [
+    "Allocate",
+    "AutoencodeEmbedding",
     "BitsFor",
     "Calibration",
     "Context",
+    "DropLayers",
     "FactorizeEmbedding",
+    "Fold",
     "Heal",
     "JointQueryKey",
     "JointValueOutput",
@@ -28,8 +41,13 @@ __all__ = [
     "Plan",
     "Quantize",
     "Recipe",
+    "SeparableConvolutions",
+    "Share",
     "Step",
+    "TensorTrainEmbedding",
+    "Tensorize",
     "TierSetting",
+    "ToLatentAttention",
     "Trim",
     "TrimVocabulary",
     "compress",

@@ -107,6 +107,10 @@ class Calibration:
         """G = E[gᵀg] of a token's vector: the metric in which a table should be approximated (see `statistics`)."""
         return self._cached("token_gradient_moment", model, sentences, 8)
 
+    def head_moment(self, model: Model, *, sentences: int = 768) -> Float[np.ndarray, "E E"]:
+        """C = E[hᵀh] of what a head tied to the token table multiplies by it (see `statistics`)."""
+        return self._cached("head_moment", model, sentences, 16)
+
     def influence(self, model: Model, *, sentences: int = 256) -> Float[np.ndarray, " L"]:
         """Block influence of every layer (see `statistics`)."""
         return self._cached("influence", model, sentences, 16)

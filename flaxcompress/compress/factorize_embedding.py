@@ -25,6 +25,7 @@ from flaxcompress.compress.tiers import (
     token_weights,
 )
 from flaxcompress.config import ModelConfig
+from flaxcompress.evaluate.profile import has_tied_output
 from flaxcompress.formats import (
     Banded,
     BandedSpec,
@@ -62,7 +63,8 @@ class FactorizeEmbedding(Step):
 
     Attributes:
       weighting: how an error in a row counts. "frequency": by the token's weight, from the calibration text and the
-        prior; "fisher": so, and in the metric of the sentence vector's gradient; "none": the plain truncated SVD.
+        prior; "fisher": so, and in the metric of the sentence vector's gradient; "head": so, and in that of the vectors
+        that a head tied to the table multiplies, SVD(diag(√f)·E·C^½); "none": the plain truncated SVD.
       prior: "zipf" (ids ordered by frequency, as in BERT's vocabulary) or "uniform".
       power: tempers token weights; 0.5 serves text of other domains better than 1, measured in the experiments.
       allow_larger: accept a rank at which the factors are larger than the table.
@@ -76,7 +78,7 @@ class FactorizeEmbedding(Step):
     target_bytes: int | None = None
     average_bits: float | None = None
     max_tiers: int = 8
-    weighting: Literal["frequency", "none", "fisher"] = "frequency"
+    weighting: Literal["frequency", "none", "fisher", "head"] = "frequency"
     prior: Literal["zipf", "uniform"] = "zipf"
     power: float = 0.5
     allow_larger: bool = False
@@ -129,6 +131,11 @@ class FactorizeEmbedding(Step):
         return BucketedSpec(tiers=tiers).to_json()
 
     def plan(self, config: ModelConfig) -> ModelConfig:
+        if self.weighting == "head" and (config.decoder is not None or not has_tied_output(config)):
+            raise ValueError(
+                "FactorizeEmbedding: weighting: head needs a head that is tied to the token table, in a model without "
+                f"a decoder; this one's is {config.head!r}"
+            )
         return config.with_format(TOKEN, self._spec(self._settings((config.vocabulary, config.table_width))))
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
@@ -141,6 +148,8 @@ class FactorizeEmbedding(Step):
             weights = token_weights(counts, start=start, prior=self.prior, power=self.power)
         if self.weighting == "fisher":
             metric = context.need(self).token_gradient_moment(model)
+        elif self.weighting == "head":
+            metric = context.need(self).head_moment(model)
         basis = metric_root(metric, table.shape[1])
         if (budget := self._budget((table.shape[0], table.shape[1]))) is not None:
             node, spectrum = banded_table(table, weights, basis, budget, self.max_tiers, key)

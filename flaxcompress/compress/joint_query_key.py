@@ -200,4 +200,4 @@ def _with_pairs(rotary: Rotary, pairs: tuple[int, ...], width: int) -> Rotary:
         return rotary
     before = rotary.pairs or tuple(range(width // 2))
     kept = tuple(before[j] for j in pairs)
-    return dataclasses.replace(rotary, pairs=kept, paired_width=rotary.paired_width or width)
+    return dataclasses.replace(rotary, pairs=kept, pairs_of=rotary.pairs_of or width)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from flaxcompress import tree
+from flaxcompress.compress.choices import choose
 from flaxcompress.compress.rounding import gptq, round_rows
-from flaxcompress.compress.sensitivity import choose_bits, kernel_sensitivities, spec_bytes, spend
+from flaxcompress.compress.sensitivity import kernel_sensitivities, spec_bytes, spend
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.walk import LayerWalk
 from flaxcompress.config import ModelConfig
@@ -160,7 +161,7 @@ class Quantize(Step):
             sizes, budget = self._choice_sizes(flat, mixed)
             specs = {b: QuantizedSpec(bits=b, group=self.group, scale_dtype=self.scale_dtype) for b in self.choices}
             losses = kernel_sensitivities(context.original, context.need(self), specs, mixed, progress=context.progress)
-            return self._with_bits(choose_bits(losses, sizes, budget))(model, context, key=key)
+            return self._with_bits(choose(losses, sizes, budget, what="bits"))(model, context, key=key)
         in_layers = [a for a in chosen if a.startswith("layers/")]
         changes: dict[str, Any] = {}
         if self.rounding == "gptq" and in_layers:

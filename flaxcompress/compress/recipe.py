@@ -10,14 +10,23 @@ from typing import Any
 
 import yaml
 
-from flaxcompress.compress.allocate import parse_target, steps_for_target
+from flaxcompress.compress.allocate import Allocate
 from flaxcompress.compress.heal import Heal
 from flaxcompress.compress.step import Step, step_from_json
+from flaxcompress.compress.target import parse_target
+from flaxcompress.compress.trim import Trim
 from flaxcompress.config import closest, reject_unknown
 from flaxcompress.formats import nbytes
 from flaxcompress.model import Model, abstract_flat
 
-_SIZED = ("Trim", "FactorizeEmbedding", "Quantize", "Heal")  # steps that a target may replace, and healing
+_SIZED = (
+    "Trim",
+    "FactorizeEmbedding",
+    "LowRank",
+    "Quantize",
+    "Allocate",
+    "Heal",
+)  # steps that a target may replace, and healing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,24 +145,30 @@ class Recipe:
         config = model.config
         done = []
         for step in self.steps:
-            config = step.resolve(model).plan(config)
-            done.append((step.name, sum(nbytes(node) for node in abstract_flat(config).values())))
+            step = step.resolve(model)
+            bound = step.bound(config)
+            config = step.plan(config)
+            size = sum(nbytes(node) for node in abstract_flat(config).values())
+            done.append((step.name, size if bound is None else min(bound, model.nbytes)))
         return Plan(model.nbytes, tuple(done))
 
     def with_target(self, target: str, model: Model) -> Recipe:
-        """A recipe of the same kind whose bits and table fit `target`: "8x" or "10MB". Healing settings are kept.
+        """A recipe whose choices fit `target` (see `Allocate`); healing and calibration settings are kept.
 
-        Raises ValueError for a recipe with a step whose size cannot be chosen so.
+        Raises ValueError for a recipe with a step that an allocation cannot replace, and for a target out of reach.
         """
-        size = parse_target(target, model.nbytes)
+        parse_target(target, model.nbytes)
         other = [s.name for s in self.steps if s.name not in _SIZED]
         if other:
             raise ValueError(
-                f"target {target!r}: chooses the bits of kernels and table, and cannot fit a recipe with {other[0]}; "
-                "leave the target or the step out"
+                f"target {target!r}: chooses how kernels and table are stored, and cannot fit a recipe with "
+                f"{other[0]}; leave the target or the step out, or put Allocate into the recipe yourself"
             )
         heal = [s for s in self.steps if isinstance(s, Heal)]
-        return Recipe([*steps_for_target(model, size), *heal], f"{target}, chosen by size", self.scrambled)
+        trim = Trim(positions="limit", pooler="unused", dtype="float16")
+        recipe = Recipe([trim, Allocate(target=target), *heal], f"{target}, chosen by predicted loss", self.scrambled)
+        recipe.plan(model)
+        return recipe
 
     def with_heal_steps(self, count: int) -> Recipe:
         """The recipe with `count` healing steps; 0 leaves healing out. Adds healing at the end when there is none."""

@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxcompress import storage
+from flaxcompress.compress.allocate import Allocate
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.kept import model_digest
 from flaxcompress.compress.recipe import Recipe
+from flaxcompress.compress.solve import Solution
 from flaxcompress.compress.step import Context
 from flaxcompress.compress.trim_vocabulary import follow
 from flaxcompress.data import CalibrationText, calibration_text
@@ -28,6 +30,8 @@ from flaxcompress.folder import load, tensors_of, write_model
 from flaxcompress.model import Model
 
 log = logging.getLogger("flaxcompress")
+
+_NOTES = ("spectra", "healing", "choices")  # what steps leave in the context for the report
 
 
 def compress(
@@ -63,14 +67,7 @@ def compress(
     folder = _work_folder(work, model, recipe, text, key)
     context = Context(original=model, work=folder, progress=progress, mesh=mesh)
     if recipe.needs and text is not None:
-        context.calibration = Calibration(
-            text,
-            model.assets,
-            vocabulary=model.config.vocabulary,
-            scrambled=0.0 if model.config.causal else recipe.scrambled,  # a language model's words follow each other
-            folder=statistics,
-            mesh=mesh,
-        )
+        context.calibration = calibrated(model, text, recipe.scrambled, statistics=statistics, mesh=mesh)
     small, done, earlier = model, [], 0.0
     try:
         for number, step in enumerate(recipe.steps):
@@ -94,11 +91,57 @@ def compress(
         parts={"before": before.to_json()["parts"], "after": after.to_json()["parts"]},
         spectra=tuple(context.spectra),
         healing=tuple(context.healing),
+        choices=tuple(context.choices),
         recipe=recipe.to_json(),
         calibration="" if text is None else text.name,
         source=model.assets.source,
     )
     return small, report
+
+
+def calibrated(
+    model: Model,
+    text: CalibrationText,
+    scrambled: float,
+    *,
+    statistics: str | Path | None = None,
+    mesh: Mesh | None = None,
+) -> Calibration:
+    """The text as a model's tokens; that of a language model is not scrambled, since its words follow each other."""
+    return Calibration(
+        text,
+        model.assets,
+        vocabulary=model.config.vocabulary,
+        scrambled=0.0 if model.config.causal else scrambled,
+        folder=statistics,
+        mesh=mesh,
+    )
+
+
+def predict(
+    model: Model,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationText | Sequence[str | Path] | None = None,
+    key: jax.Array,
+    statistics: str | Path | None = None,
+    progress: bool = False,
+) -> Solution | None:
+    """What a recipe's allocation would choose first, and the loss predicted for it; None for a recipe without one.
+
+    The steps before the allocation are run, nothing after it. Raises as `compress` does.
+    """
+    text = _text(model, calibration)
+    if text is None:
+        return None
+    context = Context(original=model, progress=progress)
+    context.calibration = calibrated(model, text, recipe.scrambled, statistics=statistics)
+    small = model
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, Allocate):
+            return step.predict(small, context)
+        small = step(small, context, key=jax.random.fold_in(key, number))
+    return None
 
 
 def _text(model: Model, calibration: CalibrationText | Sequence[str | Path] | None) -> CalibrationText | None:
@@ -129,7 +172,8 @@ def _run_step(number, step, model: Model, context: Context, key, recipe: Recipe)
     folder = None if context.work is None else context.work / f"step-{number}"
     if folder is not None and folder.is_dir():
         state = storage.read_json(folder / "state.json")
-        context.spectra[:], context.healing[:] = state["spectra"], state["healing"]
+        for name in _NOTES:
+            getattr(context, name)[:] = state[name]
         restored = load(folder)
         log.warning("%s: taken from an earlier run", step.name)
         fewer = restored.config.vocabulary != model.config.vocabulary  # its tokenizer is another one, too
@@ -151,7 +195,7 @@ def _run_step(number, step, model: Model, context: Context, key, recipe: Recipe)
     if folder is not None and number + 1 < len(recipe.steps):
         with storage.new_folder(folder) as part:
             write_model(model, part)
-            state = {"spectra": context.spectra, "healing": context.healing, "entry": entry}
+            state = {**{name: getattr(context, name) for name in _NOTES}, "entry": entry}
             (part / "state.json").write_text(json.dumps(state), "utf-8")
     return model, entry
 

@@ -202,6 +202,31 @@ def _token_gradients(params, ids, mask, key, config: ModelConfig, dtype, pooling
     return jax.lax.dot(g.T, g, precision=jax.lax.Precision.HIGHEST)
 
 
+def head_moment(model: Model, batches: Sequence[Batch]) -> Float[np.ndarray, "E E"]:
+    """C = E[hᵀh] of the vectors that a head tied to the token table multiplies by it, logits = h @ tableᵀ.
+
+    An error e in a token's row costs e·C·eᵀ in its logit, squared.
+    """
+    total, tokens = 0.0, 0
+    for ids, mask in batches:
+        total = total + _multiplied(model.params, ids, mask, model.config, compute_dtype())
+        tokens += int(mask.sum())
+    return np.asarray(total, np.float64) / tokens
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _multiplied(params, ids, mask, config: ModelConfig, dtype) -> Float[Array, "E E"]:
+    """Σ hᵀh, h being the logits of the same model with the identity for a table."""
+    vectors, width = take(params["embedding"]["token"], ids), config.table_width
+    head = {name: jnp.zeros(width) if name == "bias" else part for name, part in params.get("head", {}).items()}
+    embedding = {**params["embedding"], "token": jnp.eye(width)}
+    params = {**params, "embedding": embedding, **({"head": head} if head else {})}
+    logits = run(params, config.replace(vocabulary=width), dtype, ids, mask, vectors=vectors).logits
+    h = logits.masked_lm if config.head == "pretraining" else logits
+    h = (h * mask[..., None]).reshape(-1, width)
+    return jax.lax.dot(h.T, h, precision=jax.lax.Precision.HIGHEST)
+
+
 def influence(model: Model, batches: Sequence[Batch]) -> Float[np.ndarray, " L"]:
     """Block influence by layer: 1 - E[cos(h_l, h_{l+1})] over the real tokens (ShortGPT, Men et al. 2024, eq. 1)."""
     total, tokens = 0.0, 0

@@ -29,6 +29,7 @@ class Context:
       mesh: devices for long steps; None: one.
       spectra: filled by steps that cut a spectrum: {address, singular_values, rank} per matrix, for the report.
       healing: filled by healing: {step, loss} entries, for the report.
+      choices: filled by an allocation: {address, choice, kind, bytes, loss} per matrix, for the report.
     """
 
     original: Model
@@ -38,6 +39,7 @@ class Context:
     mesh: Mesh | None = None
     spectra: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     healing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def need(self, step: Step) -> Calibration:
         """The calibration, or ValueError when there is none."""
@@ -77,6 +79,11 @@ class Step:
     def plan(self, config: ModelConfig) -> ModelConfig:
         """The structure after this step, without touching weights. Raises ValueError when the step does not fit."""
         raise NotImplementedError(f"{self.name}.plan")
+
+    def bound(self, config: ModelConfig) -> int | None:
+        """Bytes that the result's tensors do not exceed, where the step knows that and `plan` does not; else None."""
+        del config
+        return None
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         raise NotImplementedError(f"{self.name}.__call__")

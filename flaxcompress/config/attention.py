@@ -51,11 +51,14 @@ class Latent(AttentionKind):
     Attributes:
       query_rank: width of the queries' latent; None: queries are projected at once.
       key_value_rank: width of the latent of keys and values.
-      rotary_width: of a head's query and of the shared key, with rotary positions where the model has them.
-      plain_width: of a head's query and key, without positions.
+      rotary_width: of a head's query and of the shared key, with rotary positions where the model has them; 0: there is
+        no shared key.
+      plain_width: of a head's query and key, without positions; 0: heads have no keys of their own.
       value_width: of a head's value.
       interleaved: rotary positions turn the pairs (x_2i, x_2i+1) instead of (x_i, x_i+w/2).
-      norm_epsilon: of the RMS norms of the latents.
+      norms: whether the latents have RMS norms.
+      norm_epsilon: of these.
+      query_bias: whether the map to the queries has a bias, beside those of the maps into latents.
     """
 
     kind: ClassVar[str] = "latent"
@@ -71,12 +74,16 @@ class Latent(AttentionKind):
     plain_width: int
     value_width: int
     interleaved: bool = False
+    norms: bool = True
     norm_epsilon: float = 1e-6
+    query_bias: bool = False
 
     def __post_init__(self):
-        self._check_sizes(dict.fromkeys(("key_value_rank", "rotary_width", "plain_width", "value_width"), 1))
+        self._check_sizes({"key_value_rank": 1, "rotary_width": 0, "plain_width": 0, "value_width": 1})
         if self.query_rank is not None:
             self._check_sizes({"query_rank": 1})
+        if not self.rotary_width + self.plain_width:
+            raise ValueError("attention: rotary_width and plain_width are both 0, so that queries would have no width")
         if not self.norm_epsilon > 0:
             raise ValueError(f"attention: norm_epsilon must be positive, got {self.norm_epsilon}")
 

@@ -18,17 +18,21 @@ class Deltas(Part):
       rank: R.
       alpha: α; None: R, a scale of 1.
       targets: full-match patterns of linear maps in a layer: "attention/query", "feed_forward/.*"; by default all.
+      bias: those of them that have a bias get another one, which is added to it.
     """
 
     rank: int
     alpha: float | None = None
     targets: tuple[str, ...] = (".*",)
+    bias: bool = False
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"deltas: rank must be a positive integer, got {self.rank!r}")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"deltas: alpha must be positive, got {self.alpha!r}")
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"deltas: bias must be true or false, got {self.bias!r}")
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"deltas: targets must be a list of patterns, got {self.targets!r}")
         object.__setattr__(self, "targets", tuple(self.targets))

@@ -231,9 +231,9 @@ class ModelConfig:
             raise ValueError(f"config: heads {self.heads} are not divisible by key_value_heads {self.groups}")
         if self.rotary is not None and self.rotary_dim % 2:
             raise ValueError(f"config: rotary positions turn pairs, but a head is {self.rotary_dim} wide")
-        if self.rotary is not None and self.rotary.pairs and 2 * len(self.rotary.pairs) != self.rotary_dim:
+        if self.rotary is not None and self.rotary.pairs is not None and 2 * len(self.rotary.pairs) != self.rotary_dim:
             raise ValueError(
-                f"config: rotary positions keep {len(self.rotary.pairs)} pairs, but a head is {self.rotary_dim} wide"
+                f"config: rotary has frequencies for {len(self.rotary.pairs)} pairs, but {self.rotary_dim // 2} turn"
             )
         for name in ("projection_kernel", "feed_forward_kernel"):
             if (width := getattr(self, name)) == 1 or (width and not self.causal and width % 2 == 0):

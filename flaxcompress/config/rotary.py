@@ -24,8 +24,9 @@ class Rotary(Part):
         a high one.
       whole: the change begins and ends at whole places ("yarn").
       magnitude: what turned queries and keys are multiplied by ("yarn"; §3.4).
-      pairs: which pairs of a head of `paired_width` are there, rising, where some have been dropped; (): all.
-      paired_width: the width by which frequencies go, when pairs have been dropped; 0: the head's.
+      pairs: the frequencies by which pairs turn, as their places among those of a head that is `pairs_of` wide; None:
+        all of the head's, in order. Some may be left out, and some may serve several pairs.
+      pairs_of: that width.
     """
 
     theta: float = 10_000.0
@@ -37,18 +38,21 @@ class Rotary(Part):
     original_positions: int = 8192
     whole: bool = True
     magnitude: float = 1.0
-    pairs: tuple[int, ...] = ()
-    paired_width: int = 0
+    pairs: tuple[int, ...] | None = None
+    pairs_of: int | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "pairs", tuple(self.pairs))
-        if sorted(set(self.pairs)) != list(self.pairs) or not all(0 <= j < self.paired_width // 2 for j in self.pairs):
-            given = f"{list(self.pairs)} of a paired_width of {self.paired_width}"
-            raise ValueError(f"rotary: pairs must rise and lie in 0 … paired_width/2 - 1, got {given}")
-        if self.paired_width and not self.pairs:
-            raise ValueError(f"rotary: paired_width {self.paired_width} without pairs; give both or none")
         if self.scaling not in ROTARY_SCALINGS:
             raise ValueError(f"rotary: unknown scaling {self.scaling!r}; {closest(self.scaling, ROTARY_SCALINGS)}")
         for name in ("theta", "factor", "magnitude"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"rotary: {name} must be positive, got {getattr(self, name)}")
+        if (self.pairs is None) != (self.pairs_of is None):
+            raise ValueError(f"rotary: give both pairs and pairs_of or none, got {self.pairs} and {self.pairs_of}")
+        if self.pairs is not None and self.pairs_of is not None:
+            object.__setattr__(self, "pairs", tuple(self.pairs))  # a list in JSON
+            if not all(0 <= pair < self.pairs_of // 2 for pair in self.pairs):
+                raise ValueError(
+                    f"rotary: pairs must lie in 0 … {self.pairs_of // 2 - 1} of a head {self.pairs_of} wide, got "
+                    f"{self.pairs}"
+                )

@@ -17,6 +17,7 @@ def render(report: Report) -> str:
         _cards(report),
         html.section("Fidelity to the original", _fidelity(report)),
         html.section("Sizes by part", _parts(report)),
+        html.section("What each matrix became", _choices(report)),
         html.section("Singular values and the chosen rank", _spectra(report)),
         html.section("Healing", _healing(report)),
         html.section("Steps", _steps(report)),
@@ -68,6 +69,13 @@ def _parts(report: Report) -> str:
     return html.plot(functools.partial(plots.parts, report), "Bytes by part, before and after") + html.table(
         header, rows, numbers=4
     )
+
+
+def _choices(report: Report) -> str:
+    if not report.choices:
+        return ""
+    rows = [[c["address"], c["choice"], f"{c['bytes'] / 1e6:,.3f}", f"{c['loss']:.2e}"] for c in report.choices]
+    return html.table(["matrix", "stored as", "MB", "predicted loss"], rows, numbers=2)
 
 
 def _spectra(report: Report) -> str:

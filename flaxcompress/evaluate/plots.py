@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from flaxcompress.evaluate.report import Report
 
-_BEFORE, _AFTER, _RAW = "#b9c3d0", "#2563a8", "#c9d3df"
+_BEFORE, _AFTER, _RAW, _RECIPE = "#b9c3d0", "#2563a8", "#c9d3df", "#c2542d"
 _MOST_POINTS = 2000  # of a curve: more cannot be seen
 _MOST_SPECTRA = 40
 
@@ -113,6 +114,56 @@ def steps(report: Report) -> Any:
     _name_rows(axes, [step["name"] for step in report.steps])
     axes.margins(x=0.1)
     axes.set_xlabel("seconds")
+    return figure
+
+
+def heat_map(curves: Any, which: str) -> Any:
+    """Predicted loss by layer (columns) and kind of matrix (rows), a panel for each number of bits, or each rank."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    places = [re.fullmatch(r"layers/(\d+)/(.*)/kernel", m["address"]) for m in curves.matrices]
+    layers = sorted({int(p[1]) for p in places if p})
+    kinds = list(dict.fromkeys(p[2] for p in places if p))
+    panels = range(len(curves.matrices[0][which]))
+    grids = np.full((len(panels), len(kinds), len(layers)), np.nan)
+    for matrix, place in zip(curves.matrices, places, strict=True):
+        if place:
+            for panel in panels:
+                at = kinds.index(place[2]), layers.index(int(place[1]))
+                grids[panel, *at] = max(matrix[which][panel]["loss"], 1e-12)
+    figure = Figure(figsize=(8, 0.28 * len(kinds) * -(-len(panels) // 2) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False, sharex=True, sharey=True).ravel()
+    norm = LogNorm(np.nanmin(grids), np.nanmax(grids))
+    for panel, here in zip(panels, axes, strict=False):
+        image = here.imshow(grids[panel], norm=norm, cmap=matplotlib.colormaps["viridis"], aspect="auto")
+        first = curves.matrices[0]
+        title = f"{first['bits'][panel]['bits']} bits" if which == "bits" else f"rank {first['fractions'][panel]:.0%}"
+        here.set_title(title, fontsize=9)
+        here.set_yticks(np.arange(len(kinds)), kinds, fontsize=7)
+        here.set_xticks(np.arange(len(layers)), [str(layer) for layer in layers], fontsize=7)
+    for here in axes[len(panels) :]:
+        here.set_axis_off()
+    figure.colorbar(image, ax=list(axes), label=curves.unit)
+    return figure
+
+
+def frontier(curves: Any) -> Any:
+    """The best choice's predicted loss by size, and recipes as they were measured."""
+    figure, axes = figure_of(3.6)
+    points = np.array([[p["bytes"] / 1e6, p["loss"]] for p in curves.frontier], np.float64)
+    axes.plot(points[:, 0], points[:, 1], color=_AFTER, linewidth=2, label="chosen together (predicted)")
+    for recipe in curves.recipes:
+        axes.plot([recipe["bytes"] / 1e6], [recipe["loss"]], "o", color=_RECIPE, markersize=5)
+        axes.annotate(recipe["name"], (recipe["bytes"] / 1e6, recipe["loss"]), (5, 4), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("MB")
+    axes.set_ylabel(curves.unit)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import jax
 from flaxcompress import tree
 from flaxcompress.config import GENERATING, ModelConfig
 from flaxcompress.encoding import compute_dtype
-from flaxcompress.formats import matmul_flops, nbytes, spec_of, stored_values, take_flops
+from flaxcompress.formats import Decomposed, matmul_flops, nbytes, spec_of, stored_values, take_flops
 from flaxcompress.model import Model
 from flaxcompress.nn import init_cache
 from flaxcompress.nn.attention_kinds import attention_kind
@@ -144,7 +145,7 @@ def profile(model: Model, *, length: int = 128) -> Profile:
         elif part.endswith("attention") and (decoder := config.decoder) is not None:
             kind = attention_kind(decoder) if part == "decoder attention" else CrossAttention
             flops += decoder.layers * kind.core_flops(decoder, length)
-        if part == "head" and _tied_output(config):
+        if part == "head" and has_tied_output(config):
             flops += matmul_flops(nodes["embedding/token"])
         rows.append(
             PartCost(
@@ -152,10 +153,10 @@ def profile(model: Model, *, length: int = 128) -> Profile:
                 weights=sum(map(stored_values, members[part].values())),
                 bytes=sum(map(nbytes, members[part].values())),
                 flops_per_token=float(flops),
-                format=_formats(members[part].values()),
+                format=_formats(members[part]),
             )
         )
-    if "head" not in members and _tied_output(config):  # a head without weights of its own
+    if "head" not in members and has_tied_output(config):  # a head without weights of its own
         flops = float(matmul_flops(nodes["embedding/token"]))
         rows.append(PartCost(part="head", weights=0, bytes=0, flops_per_token=flops, format="the token table"))
     return Profile(
@@ -177,8 +178,8 @@ def cache_bytes(config: ModelConfig) -> int:
     return nbytes(two) - nbytes(one)
 
 
-def _tied_output(config: ModelConfig) -> bool:
-    """Whether logits are x @ tableᵀ."""
+def has_tied_output(config: ModelConfig) -> bool:
+    """Whether logits are x @ tableᵀ, the token table's."""
     return config.head in ("masked_lm", "pretraining") or (config.head in GENERATING and config.tied)
 
 
@@ -200,12 +201,22 @@ def _flops(config: ModelConfig, address: str, node: Any, length: int) -> float:
     return matmul_flops(node)
 
 
-def _formats(nodes: Any) -> str:
-    matrices = [node for node in nodes if len(node.shape) == 2] or list(nodes)
-    counts = Counter(describe(spec_of(node).to_json(), node.shape[-1]) for node in matrices)
+def _formats(nodes: Mapping[str, Any]) -> str:
+    matrices = {address: node for address, node in nodes.items() if len(node.shape) == 2} or nodes
+    counts = Counter(
+        describe(spec_of(node).to_json(), node.shape[-1]) + _applied(address, node)
+        for address, node in matrices.items()
+    )
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{count}× {text}" for text, count in counts.most_common())
+
+
+def _applied(address: str, node: Any) -> str:
+    """How a kernel that is a decomposed tensor is multiplied by; which takes fewer operations for many tokens."""
+    if not isinstance(node, Decomposed) or not address.endswith("/kernel"):
+        return ""
+    return ", decomposed" if node.stays_decomposed(math.inf) else ", multiplied back"
 
 
 def describe(spec: Mapping[str, Any], columns: int | None = None) -> str:
@@ -226,9 +237,11 @@ def describe(spec: Mapping[str, Any], columns: int | None = None) -> str:
         return "bucketed " + " + ".join(_tier(tier, columns) for tier in spec["tiers"])
     if kind == "banded":
         return "banded " + " ".join(f"{columns}@{bits}" for columns, bits in spec["bands"])
-    if kind == "tensor_train":
+    if kind in ("tensor_train", "cp", "tucker"):
         sizes = ("·".join(map(str, spec[side])) for side in ("rows", "columns"))
-        return f"tensor_train {'×'.join(sizes)}, rank {max(spec['ranks'])}"
+        ranks = [spec["rank"]] if kind == "cp" else spec["ranks"]
+        shown = "·".join(map(str, ranks)) if kind == "tucker" else max(ranks)
+        return f"{kind} {'×'.join(sizes)}, rank {shown}"
     plain = (f"{k} {v}" for k, v in spec.items() if k != "kind" and isinstance(v, (int, float, str)))
     return " ".join([str(kind), *plain])
 

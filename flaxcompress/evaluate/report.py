@@ -41,6 +41,7 @@ class Report:
       parts: {"before": [...], "after": [...]}, the parts of `Profile.to_json`.
       spectra: [{"address", "singular_values", "rank"}] of factorized matrices; rank None where all was kept.
       healing: [{"step", "loss"}].
+      choices: [{"address", "choice", "kind", "bytes", "loss"}] of an allocation, losses as predicted.
       recipe: the recipe as JSON.
       calibration: the name of the calibration text.
       source: the name of the original model.
@@ -58,6 +59,7 @@ class Report:
     parts: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     spectra: Sequence[Mapping[str, Any]] = ()
     healing: Sequence[Mapping[str, Any]] = ()
+    choices: Sequence[Mapping[str, Any]] = ()
     recipe: Any = None
     calibration: str = ""
     source: str = ""
@@ -127,6 +129,7 @@ _ROWS = {
     "steps": ("name", "params", "bytes", "seconds"),
     "spectra": ("address", "singular_values", "rank"),
     "healing": ("step", "loss"),
+    "choices": ("address", "choice", "kind", "bytes", "loss"),
 }
 
 

@@ -256,11 +256,13 @@ class LatentAttention:
         if kind["query_rank"]:
             query_width = kind["query_rank"]
             net.add_linear(f"{address}/query_latent", c["width"], query_width, c["attention_bias"])
-            net.add_vector(f"{address}/query_norm/scale", query_width)
+            if kind["norms"]:
+                net.add_vector(f"{address}/query_norm/scale", query_width)
         inner = kind["plain_width"] + kind["rotary_width"]
-        net.add_linear(f"{address}/query", query_width, c["heads"] * inner, False)
+        net.add_linear(f"{address}/query", query_width, c["heads"] * inner, kind["query_bias"])
         net.add_linear(f"{address}/latent", c["width"], rank + kind["rotary_width"], c["attention_bias"])
-        net.add_vector(f"{address}/latent_norm/scale", rank)
+        if kind["norms"]:
+            net.add_vector(f"{address}/latent_norm/scale", rank)
         net.add_linear(f"{address}/expand", rank, c["heads"] * (kind["plain_width"] + kind["value_width"]), False)
         net.add_linear(f"{address}/output", c["heads"] * kind["value_width"], c["width"], c["output_bias"])
 
@@ -286,13 +288,15 @@ class LatentAttention:
         return net.linear(y.transpose(1, 2).flatten(-2), f"{address}/output"), probabilities
 
     def norm(self, net, x, address):
-        """The RMS norm of a latent, computed in float32, returned in x's dtype."""
+        """The RMS norm of a latent, computed in float32, returned in x's dtype; x itself where latents have none."""
+        if not net.structure["attention"]["norms"]:
+            return x
         scale = net.weight(f"{address}/scale").float()
         return F.rms_norm(x.float(), scale.shape, scale, net.structure["attention"]["norm_epsilon"]).to(x.dtype)
 
     def turn(self, x, kind, seen):
         """Rotary positions; the pairs lie side by side where they are interleaved."""
-        if seen.turn is None:
+        if seen.turn is None or not x.shape[-1]:
             return x
         x = torch.cat([x[..., 0::2], x[..., 1::2]], -1) if kind["interleaved"] else x
         return rotate(x, *seen.turn)

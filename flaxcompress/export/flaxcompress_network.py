@@ -122,7 +122,7 @@ class Network:
             self.add_taps(f"{address}/depthwise", c["feed_forward_kernel"], c["width"])
 
     def _declare_deltas(self, number, layer):
-        """Two factors for each linear map that they change, of which the shapes are those in a layer that uses them."""
+        """Two factors, and a bias, for each linear map that they change, shaped as in a layer that uses them."""
         c, deltas = self.structure, self.structure["deltas"]
         for part in SUBLAYERS:
             base = f"layers/{c['sharing'][part][layer]}/" if part in c["sharing"] else None
@@ -131,6 +131,8 @@ class Network:
                 if base and target.startswith(f"{part}/") and any(re.fullmatch(p, target) for p in deltas["targets"]):
                     self._add(f"layers/{number}/deltas/{target}/down", (n, deltas["rank"]))
                     self._add(f"layers/{number}/deltas/{target}/up", (deltas["rank"], m))
+                    if deltas.get("bias") and hasattr(self.root, f"{self.prefix}{address}/bias"):
+                        self.add_vector(f"layers/{number}/deltas/{target}/bias", m)
 
     def _add(self, address, shape, table=False):
         address = self.prefix + address
@@ -179,7 +181,8 @@ class Network:
             return y
         deltas = self.structure["deltas"]
         scale = 1.0 if deltas["alpha"] is None else deltas["alpha"] / deltas["rank"]
-        return y + matmul(matmul(x, self.weight(f"{delta}/down")), self.weight(f"{delta}/up")) * scale
+        y = y + matmul(matmul(x, self.weight(f"{delta}/down")), self.weight(f"{delta}/up")) * scale
+        return y + self.weight(f"{delta}/bias").to(x.dtype) if self.has(f"{delta}/bias") else y
 
     def depthwise(self, x, address, before=None):
         """A depthwise convolution over the sequence, causal in causal models."""
@@ -260,7 +263,7 @@ class Network:
         if c["rotary"] is None:
             return None
         r = c["rotary"]
-        width = r["paired_width"] or self.attention.rotary_width(self)  # of heads from which pairs were dropped
+        width = self.attention.rotary_width(self) if r["pairs"] is None else r["pairs_of"]
         own = local and r["local_theta"] is not None
         steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         frequency = 1.0 / (r["local_theta"] if own else r["theta"]) ** steps
@@ -279,7 +282,8 @@ class Network:
             last = first + 0.001 if first == last else last
             divided = ((torch.arange(width // 2, device=positions.device) - first) / (last - first)).clamp(0, 1)
             frequency = divided * frequency / r["factor"] + (1 - divided) * frequency
-        frequency = frequency[r["pairs"]] if r["pairs"] else frequency
+        if r["pairs"] is not None:
+            frequency = frequency[r["pairs"]]
         angles = positions[:, None, :, None].float() * frequency.float()
         return angles.cos() * r["magnitude"], angles.sin() * r["magnitude"]
 

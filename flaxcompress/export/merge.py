@@ -36,12 +36,13 @@ def _merge_stack(config: ModelConfig, flat: tree.Flat, stack: str) -> tuple[Mode
             pattern = re.compile(re.escape(f"{layers}{number}/{part}/") + "(.+)")
             for address in flat:
                 if (found := pattern.fullmatch(address)) is not None:
-                    delta = f"{layers}{config.sharing.deltas[layer]}/deltas/{part}/{found[1].removesuffix('/kernel')}"
-                    own[f"{layers}{layer}/{part}/{found[1]}"] = (
-                        _sum(flat[address], flat[f"{delta}/down"], flat[f"{delta}/up"], config.deltas.scale)
-                        if address.endswith("/kernel") and f"{delta}/down" in flat
-                        else flat[address]
-                    )
+                    linear, _, last = found[1].rpartition("/")
+                    delta, new = f"{layers}{config.sharing.deltas[layer]}/deltas/{part}/{linear}", flat[address]
+                    if last == "kernel" and f"{delta}/down" in flat:
+                        new = _sum(new, flat[f"{delta}/down"], flat[f"{delta}/up"], config.deltas.scale)
+                    elif last == "bias" and f"{delta}/bias" in flat:
+                        new = materialize(new) + materialize(flat[f"{delta}/bias"])
+                    own[f"{layers}{layer}/{part}/{found[1]}"] = new
     gone = tuple(f"{layers}" + rf"\d+/{part}/.*" for part in (*changed, "deltas"))
     kept = {address: node for address, node in flat.items() if not any(re.fullmatch(p, address) for p in gone)}
     each = tuple(range(config.layers))

@@ -24,17 +24,24 @@ from flaxcompress.formats.base import (
     to_tensors,
 )
 from flaxcompress.formats.bucketed import Bucketed, BucketedSpec, Tier
+from flaxcompress.formats.cp import CP, CPSpec
+from flaxcompress.formats.decomposed import Decomposed, DecomposedSpec
 from flaxcompress.formats.fake_quantized import FakeQuantized, thaw
 from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank, rank_for
 from flaxcompress.formats.quantized import Quantized, QuantizedSpec
 from flaxcompress.formats.rows import RowFormat, RowSpec
 from flaxcompress.formats.tensor_train import TensorTrain, TensorTrainSpec
+from flaxcompress.formats.tucker import Tucker, TuckerSpec
 
 __all__ = [
+    "CP",
     "Banded",
     "BandedSpec",
     "Bucketed",
     "BucketedSpec",
+    "CPSpec",
+    "Decomposed",
+    "DecomposedSpec",
     "DenseSpec",
     "FakeQuantized",
     "Format",
@@ -48,6 +55,8 @@ __all__ = [
     "TensorTrain",
     "TensorTrainSpec",
     "Tier",
+    "Tucker",
+    "TuckerSpec",
     "attend",
     "axes",
     "break_even_rank",

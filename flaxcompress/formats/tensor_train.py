@@ -13,16 +13,15 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Float
 
-from flaxcompress.formats.base import Format, Spec, check_dtype, register
+from flaxcompress.formats.base import register
+from flaxcompress.formats.decomposed import Decomposed, DecomposedSpec, digits, padded
 from flaxcompress.linalg import tensor_train
 
 
 @flax.struct.dataclass
-class TensorTrain(Format):
+class TensorTrain(Decomposed):
     """`cores`: d arrays [r_{k-1}, n_k, m_k, r_k] with r_0 = r_d = 1; `rows`: n, of which Π n_k is at least n."""
 
     cores: tuple[Any, ...]
@@ -32,10 +31,6 @@ class TensorTrain(Format):
     def shape(self):
         return (self.rows, math.prod(core.shape[-2] for core in self.cores))
 
-    def with_parts(self, nodes):
-        assert not nodes, "a tensor train is composed of cores, which are no matrices"
-        return self
-
     def spec(self):
         return TensorTrainSpec(
             rows=tuple(core.shape[-3] for core in self.cores),
@@ -44,12 +39,10 @@ class TensorTrain(Format):
             dtype=str(self.cores[0].dtype),
         )
 
-    def matmul(self, x):
-        short = math.prod(core.shape[-3] for core in self.cores) - self.rows
-        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
-        return self._contract(padded, "brnz,rnms->bmsz", 1)
+    def forward(self, x):
+        return self._contract(padded(x, [core.shape[1] for core in self.cores]), "brnz,rnms->bmsz", 1)
 
-    def attend(self, x):
+    def backward(self, x):
         return self._contract(x, "brmz,rnms->bnsz", 2)[..., : self.rows]
 
     def _contract(self, x, step: str, axis: int):
@@ -64,10 +57,7 @@ class TensorTrain(Format):
     def take(self, ids):
         ids = jnp.clip(ids, 0, self.rows - 1)
         y = jnp.ones((*ids.shape, 1, 1), jnp.float32)
-        below = math.prod(core.shape[1] for core in self.cores)
-        for core in self.cores:
-            below //= core.shape[1]
-            digit = ids // below % core.shape[1]
+        for core, digit in zip(self.cores, digits(ids, [core.shape[1] for core in self.cores]), strict=True):
             slices = jnp.take(core, digit, axis=1).astype(jnp.float32)  # [r, *B, m_k, s]
             y = jnp.einsum("...ar,r...ms->...ams", y, slices, precision=jax.lax.Precision.HIGHEST)
             y = y.reshape(*ids.shape, -1, core.shape[-1])
@@ -84,13 +74,22 @@ class TensorTrain(Format):
         del rows, columns  # digits of both run over all cores, so that no device could do with some rows of W
         return TensorTrain(cores=(PartitionSpec(None, "core", None, None),) * len(self.cores), rows=self.rows)
 
-    def matmul_flops(self):
-        left, done, flops = math.prod(core.shape[-3] for core in self.cores), 1, 0
+    def chain_flops(self, *, transposed):
+        of, to = (-2, -3) if transposed else (-3, -2)
+        left, done, flops = math.prod(core.shape[of] for core in self.cores), 1, 0
+        for core in self.cores:
+            rank, following = core.shape[-4], core.shape[-1]
+            left //= core.shape[of]
+            flops += 2 * done * rank * core.shape[of] * left * core.shape[to] * following
+            done *= core.shape[to]
+        return flops
+
+    def build_flops(self):
+        done, flops = 1, 0
         for core in self.cores:
             rank, n, m, following = core.shape[-4:]
-            left //= n
-            flops += 2 * done * rank * n * left * m * following
-            done *= m
+            flops += 2 * done * rank * n * m * following
+            done *= n * m
         return flops
 
     def take_flops(self):
@@ -126,7 +125,7 @@ def balanced_factors(size: int, count: int, *, exact: bool) -> tuple[int, ...]:
 
 @register
 @dataclasses.dataclass(frozen=True)
-class TensorTrainSpec(Spec):
+class TensorTrainSpec(DecomposedSpec):
     """Factors of the rows and of the columns, one of each per core, and the ranks between the cores.
 
     Attributes:
@@ -137,18 +136,11 @@ class TensorTrainSpec(Spec):
     """
 
     kind: ClassVar[str] = "tensor_train"
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
     ranks: tuple[int, ...]
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_dtype(self.dtype, "tensor_train format")
-        for name in ("rows", "columns"):
-            factors = getattr(self, name)
-            if not isinstance(factors, (list, tuple)) or not all(isinstance(f, int) and f > 0 for f in factors):
-                raise ValueError(f"tensor_train format: {name} must be a list of positive integers, got {factors!r}")
-            object.__setattr__(self, name, tuple(factors))
+        super().__post_init__()
         if len(self.rows) != len(self.columns) or len(self.rows) < 2:
             raise ValueError(
                 "tensor_train format: rows and columns need as many factors, at least 2, got "
@@ -171,22 +163,10 @@ class TensorTrainSpec(Spec):
         ranks = tuple(min(rank, full) for full in full_ranks(rows, columns[::-1]))
         return cls(rows=rows, columns=columns[::-1], ranks=ranks, dtype=dtype)
 
-    def to_json(self):
-        lists = {name: list(getattr(self, name)) for name in ("rows", "columns", "ranks")}
-        return {"kind": self.kind, **lists, "dtype": self.dtype}
-
     def shapes(self) -> list[tuple[int, int, int, int]]:
         """[r_{k-1}, n_k, m_k, r_k] of every core."""
         ranks = (1, *self.ranks, 1)
         return [(ranks[k], n, m, ranks[k + 1]) for k, (n, m) in enumerate(zip(self.rows, self.columns, strict=True))]
-
-    def check(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError for a matrix that the factors do not fit."""
-        if math.prod(self.rows) < shape[0] or math.prod(self.columns) != shape[1]:
-            raise ValueError(
-                f"tensor_train format: rows {list(self.rows)} and columns {list(self.columns)} do not fit a "
-                f"{shape[0]}×{shape[1]} matrix: products of at least {shape[0]} and of exactly {shape[1]} are wanted"
-            )
 
     def init(self, key, shape, initializer, *, table):
         self.check(shape)
@@ -196,9 +176,14 @@ class TensorTrainSpec(Spec):
         cores = [draw(k, s, jnp.float32) for draw, k, s in zip(draws, keys, shapes, strict=True)]
         return TensorTrain(cores=tuple(core.astype(self.dtype) for core in cores), rows=shape[0])
 
-    def compress(self, matrix: Float[np.ndarray, "n m"]) -> TensorTrain:
-        """The train that approximates a dense matrix (see `linalg.tensor_train`), equal to it at full ranks."""
-        n, m = matrix.shape
-        self.check((n, m))
-        cores = tensor_train(matrix, self.rows, self.columns, self.ranks)
-        return TensorTrain(cores=tuple(jnp.asarray(core, self.dtype) for core in cores), rows=n)
+    def compress(self, matrix, metric=None):
+        """By truncated singular value decompositions (see `linalg.tensor_train`).
+
+        A metric is one over the first digit of the rows, which is the whole row where the others' sizes are 1.
+        """
+        tensor = self.tensor(matrix, metric).reshape(math.prod(self.rows), -1)
+        first, *others = tensor_train(tensor, self.rows, self.columns, self.ranks)
+        if metric is not None:
+            first = metric.undo(first[0].reshape(self.rows[0], -1)).reshape(first.shape)
+        cores = tuple(jnp.asarray(core, self.dtype) for core in (first, *others))
+        return TensorTrain(cores=cores, rows=len(matrix))

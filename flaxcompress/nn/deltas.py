@@ -1,6 +1,6 @@
 """The weights of low-rank deltas: for each linear map that they change, a pair of factors below the map's own path.
 
-    {"attention": {"query": {"down": [n, R], "up": [R, m]}}}
+    {"attention": {"query": {"down": [n, R], "up": [R, m], "bias": [m]}}}
 
 `Layer` gets them as a collection beside its parameters, in which each `Linear` finds its own.
 """
@@ -12,24 +12,23 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from flaxcompress import tree
 from flaxcompress.config import SUBLAYERS, ModelConfig
 from flaxcompress.formats import spec_for
+from flaxcompress.formats.base import vector_init
 from flaxcompress.nn.linear import DELTAS
 
 
 def init_deltas(config: ModelConfig, key: jax.Array, address: str, layer: Mapping[str, Any]) -> dict[str, Any]:
-    """One weight set, of a layer with these (abstract) parameters; `up` is zero, so that nothing changes at first.
+    """One weight set, of a layer with these (abstract) parameters; `up` and biases are zero: nothing changes at first.
 
     Raises ValueError for a target that is no linear map of the layer.
     """
     assert config.deltas is not None
-    kernels = {
-        path.removesuffix("/kernel"): node.shape
-        for path, node in tree.walk({part: layer[part] for part in SUBLAYERS if part in layer}, "")
-        if path.endswith("/kernel")
-    }
+    weights = dict(tree.walk({part: layer[part] for part in SUBLAYERS if part in layer}, ""))
+    kernels = {path.removesuffix("/kernel"): node.shape for path, node in weights.items() if path.endswith("/kernel")}
     chosen = {name for target in config.deltas.targets for name in tree.select(kernels, target, where="deltas/targets")}
     rank, flat = config.deltas.rank, {}
     for number, name in enumerate(sorted(chosen)):
@@ -40,6 +39,9 @@ def init_deltas(config: ModelConfig, key: jax.Array, address: str, layer: Mappin
         ):
             spec = spec_for(config, f"{address}/{name}/{side}")
             flat[f"{name}/{side}"] = spec.init(jax.random.fold_in(key, number), shape, draw, table=False)
+        if config.deltas.bias and f"{name}/bias" in weights:
+            draw = vector_init(config, f"{address}/{name}/bias", nn.initializers.zeros_init())
+            flat[f"{name}/bias"] = draw(key, (m,), jnp.float32)
     return tree.nest(flat)
 
 

@@ -27,7 +27,7 @@ class LatentAttention(nn.Module):
     Head h scores (q_h, p_h)·(K_h c, k), p and k with rotary positions, and sums V_h c. While decoding, the cache has c
     and k alone; the maps K_h and V_h are then moved to the queries and to the result, (K_hᵀ q_h)·c and V_h (Σ a c),
     where that is less work than expanding all that the cache has. The biases of `attention_bias` are those of the maps
-    into latents.
+    into latents; that of the queries is `query_bias`.
     """
 
     config: ModelConfig
@@ -37,7 +37,8 @@ class LatentAttention(nn.Module):
     def cache_arrays(config: ModelConfig) -> dict[str, tuple[int, int]]:
         """What the cache keeps of a token: {name: (heads, width)}."""
         kind = latent_of(config)
-        return {"latent": (1, kind.key_value_rank), "shared_key": (1, kind.rotary_width)}
+        widths = {"latent": kind.key_value_rank, "shared_key": kind.rotary_width}
+        return {name: (1, width) for name, width in widths.items() if width}
 
     @staticmethod
     def stages(config: ModelConfig) -> list[tuple[str, ...]]:
@@ -60,11 +61,13 @@ class LatentAttention(nn.Module):
         if kind.query_rank is not None:
             query_width, biased = kind.query_rank, config.attention_bias
             self.query_latent = Linear(config, f"{address}/query_latent", config.width, query_width, biased)
-            self.query_norm = Norm(norms, f"{address}/query_norm", kind="rms")
-        self.query = Linear(config, f"{address}/query", query_width, config.heads * inner, False)
+            if kind.norms:
+                self.query_norm = Norm(norms, f"{address}/query_norm", kind="rms")
+        self.query = Linear(config, f"{address}/query", query_width, config.heads * inner, kind.query_bias)
         latent = kind.key_value_rank + kind.rotary_width
         self.latent = Linear(config, f"{address}/latent", config.width, latent, config.attention_bias)
-        self.latent_norm = Norm(norms, f"{address}/latent_norm", kind="rms")
+        if kind.norms:
+            self.latent_norm = Norm(norms, f"{address}/latent_norm", kind="rms")
         expanded = config.heads * (kind.plain_width + kind.value_width)
         self.expand = Linear(config, f"{address}/expand", kind.key_value_rank, expanded, False)
         self.output = Linear(
@@ -86,21 +89,24 @@ class LatentAttention(nn.Module):
             query, latent = project_together(x, (self.query, self.latent))
         else:
             narrow, latent = project_together(x, (self.query_latent, self.latent))
-            query = self.query(self.query_norm(narrow).astype(x.dtype))
+            query = self.query(self.query_norm(narrow).astype(x.dtype) if kind.norms else narrow)
         query = query.reshape(*x.shape[:-1], self.config.heads, -1)
         latent, key = jnp.split(latent[:, :, None], [kind.key_value_rank], axis=-1)
         plain, turned = jnp.split(query, [kind.plain_width], axis=-1)
-        kept = {"latent": self.latent_norm(latent).astype(x.dtype), "shared_key": self._turn(key, context)}
+        latent = self.latent_norm(latent).astype(x.dtype) if kind.norms else latent
+        kept = {"latent": latent, "shared_key": self._turn(key, context)}
         form = self.naive
         if cache is not None:
-            kept, cache = cache.extend(kept, ring=is_ring(self.config))
+            seen, cache = cache.extend({n: kept[n] for n in self.cache_arrays(self.config)}, ring=is_ring(self.config))
+            empty = jnp.zeros((*seen["latent"].shape[:-1], 0), x.dtype)
+            kept = {"shared_key": empty, **seen}
             form = self.absorbed if self._is_cheaper(x.shape[1], kept["latent"].shape[1]) else self.naive
         need = {"deterministic": deterministic, "need_probabilities": need_probabilities}
         y, probabilities = form(plain, self._turn(turned, context), kept["latent"], kept["shared_key"], context, **need)
         return self.output(y.reshape(*y.shape[:-2], -1)), probabilities, cache
 
     def _turn(self, x: Float[Array, "B T H w"], context: Context) -> Float[Array, "B T H w"]:
-        if context.rotation is None:
+        if context.rotation is None or not x.shape[-1]:
             return x
         if latent_of(self.config).interleaved:  # scores are products, so the order of pairs does not matter to them
             x = jnp.concatenate([x[..., 0::2], x[..., 1::2]], -1)

@@ -105,15 +105,22 @@ class Linear(nn.Module):
 
     def matrix(self) -> Float[Array, "n m"]:
         """The dense matrix that the map multiplies by, its delta included, float32."""
-        w = materialize(self.kernel)
-        return w + self.adapted(jnp.eye(self.in_features), jnp.zeros_like(w))
+        w, delta = materialize(self.kernel), self._delta(jnp.eye(self.in_features))
+        return w if delta is None else w + delta
 
     def adapted(self, x: Float[Array, "*B n"], y: Float[Array, "*B m"]) -> Float[Array, "*B m"]:
         """y with this map's delta of x added, where the layer has one (see `nn/deltas.py`)."""
-        if self.config.deltas is None or not self.has_variable(DELTAS, "down"):
+        if (delta := self._delta(x)) is None:
             return y
+        if self.has_variable(DELTAS, "bias"):
+            delta = delta + self.get_variable(DELTAS, "bias").astype(x.dtype)
+        return y + delta
+
+    def _delta(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"] | None:
+        if self.config.deltas is None or not self.has_variable(DELTAS, "down"):
+            return None
         down, up = self.get_variable(DELTAS, "down"), self.get_variable(DELTAS, "up")
-        return y + matmul(matmul(x, down), up) * jnp.asarray(self.config.deltas.scale, x.dtype)
+        return matmul(matmul(x, down), up) * jnp.asarray(self.config.deltas.scale, x.dtype)
 
 
 def project_together(x: Float[Array, "*B n"], linears: Sequence[Linear]) -> list[Float[Array, "*B m"]]:

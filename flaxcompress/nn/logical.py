@@ -66,7 +66,9 @@ def matrix_axes(address: str) -> tuple[str | None, str | None]:
     if (place := tree.place(address)) is not None:
         *_, name, last = ["", *place.path.split("/")]
         rows, columns = _MAPS.get(name, _REST)
-        return {"down": (rows, "rank"), "up": ("rank", columns)}[last] if place.part == "deltas" else (rows, columns)
+        if place.part == "deltas":
+            return {"down": (rows, "rank"), "up": ("rank", columns)}.get(last, (rows, columns))
+        return rows, columns
     return next((axes for pattern, axes in _ELSEWHERE if re.fullmatch(pattern, address)), _REST)
 
 

@@ -18,11 +18,11 @@ def frequencies(rotary: Rotary, width: int, *, local: bool = False) -> Float[np.
     "llama3" leaves wavelengths under original/high alone, divides those over original/low by the factor, and blends
     between (Llama 3.1's release); "yarn" blends evenly from the pair that turns `high` times over the original length
     to the one that turns `low` times (Peng et al. 2023, §3.2). Local layers with a θ of their own are never stretched.
-    Where `rotary` names pairs of a wider head, they keep the frequencies that they had in it.
+    Where `rotary` names its pairs, those frequencies of a head of its width, whatever d.
     """
-    if rotary.pairs:
-        whole = dataclasses.replace(rotary, pairs=(), paired_width=0)
-        return frequencies(whole, rotary.paired_width, local=local)[list(rotary.pairs)]
+    if rotary.pairs is not None and rotary.pairs_of is not None:
+        whole = dataclasses.replace(rotary, pairs=None, pairs_of=None)
+        return frequencies(whole, rotary.pairs_of, local=local)[list(rotary.pairs)]
     theta = rotary.local_theta if local and rotary.local_theta is not None else rotary.theta
     base = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
     if rotary.scaling == "none" or (local and rotary.local_theta is not None):

@@ -24,7 +24,8 @@ class Leaf(NamedTuple):
     Attributes:
       stacked: its first axis runs over the weight sets of a stack of layers.
       matrix: each set is a matrix (or a core of several axes), not a bias, a norm, or the scales of a format.
-      dense_map: it is one that a layer multiplies with its input, [n, m]: neither a table nor a convolution's taps.
+      dense_map: it is one that a layer multiplies with its input, [n, m]: no table, taps of a convolution or factors of
+        a tensor.
     """
 
     stacked: bool
@@ -38,7 +39,7 @@ def describe(path: Path, leaf: Any) -> Leaf:
     stacked = "layers" in names
     axes = leaf.ndim - stacked
     matrix = axes >= 2 and names[-1] not in _NOT_MATRICES
-    return Leaf(stacked, matrix, stacked and matrix and axes == 2 and not {"taps", "table"} & set(names))
+    return Leaf(stacked, matrix, stacked and matrix and axes == 2 and not {"taps", "table", "factors"} & set(names))
 
 
 def matrices(params: Any) -> Any:
