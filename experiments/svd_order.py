@@ -6,7 +6,6 @@ import argparse
 import gzip
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,51 +141,81 @@ def values(model: fc.Model) -> int:
     return sum(kernels(tree.View(model.params)).values())
 
 
-def measure(name: str, methods: list[str]) -> None:
+def run(name: str, methods: list[str], kept: list[float]) -> None:
+    """Measures methods on one model, and writes each result beside those that are there."""
     original, calibration = load(name)
-    add(
-        name,
-        "original",
-        1.0,
-        {"quality": quality(name, original, original), "values": values(original)},
-    )
-    for keep in KEPT[name]:
+    add(name, 1.0, "original", {"quality": quality(name, original, original), "values": values(original)})
+    for keep in kept or KEPT[name]:
         for method in methods:
-            begin = time.perf_counter()
             model, context = original, Context(original=original, calibration=calibration)
             try:
                 for step in METHODS[method](original, keep):
                     model = step(model, context, key=jax.random.key(0))
             except ValueError as error:  # a method that this kind of model does not have
-                print(f"{name:14} {keep:.1f} {method:44} {error}")
+                print(f"{name:14} {keep:.1f} {method:48} {error}", flush=True)
                 continue
-            seconds = time.perf_counter() - begin
-            found = {
-                "quality": quality(name, model, original),
-                "values": values(model),
-                "seconds": seconds,
-            }
-            add(name, method, keep, found)
-            print(
-                f"{name:14} {keep:.1f} {method:44} {found['quality']:9.4f} {found['values']:9} {seconds:6.1f} s",
-                flush=True,
-            )
+            found = {"quality": quality(name, model, original), "values": values(model)}
+            add(name, keep, method, found)
+            print(f"{name:14} {keep:.1f} {method:48} {found['quality']:9.4f} {found['values']:9}", flush=True)
 
 
-def add(name: str, method: str, keep: float, found: dict[str, Any]) -> None:
+def add(name: str, keep: float, method: str, found: dict[str, Any]) -> None:
     """Writes one result beside those that are there."""
     held = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     held.setdefault(name, {}).setdefault(f"{keep:.1f}", {})[method] = found
     RESULTS.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
 
 
+def columns() -> list[tuple[str, str, dict[str, Any]]]:
+    """(model, fraction kept, results by method) of everything measured."""
+    held = json.loads(RESULTS.read_text("utf-8"))
+    return [(name, keep, held[name][keep]) for name in KEPT if name in held for keep in held[name] if keep != "1.0"]
+
+
+def table() -> None:
+    """Prints the results, a method a line."""
+    found = columns()
+    print(f"{'':48}" + "".join(f"{f'{name} {keep}':>18}" for name, keep, _ in found))
+    for method in METHODS:
+        cells = [f"{r[method]['quality']:18.3f}" if method in r else f"{'':18}" for _, _, r in found]
+        if any(cell.strip() for cell in cells):
+            print(f"{method:48}" + "".join(cells))
+
+
+def plot() -> None:
+    """Writes experiments/svd_order.png, a panel for each model and size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    held, found = json.loads(RESULTS.read_text("utf-8")), columns()
+    figure, panels = plt.subplots(len(found), 1, figsize=(7.5, 3.2 * len(found)), layout="constrained", squeeze=False)
+    for axes, (name, keep, results) in zip(panels[:, 0], found, strict=True):
+        shown = [m for m in METHODS if m in results][::-1]
+        axes.plot([results[m]["quality"] for m in shown], shown, "o")
+        axes.axvline(held[name]["1.0"]["original"]["quality"], color="0.6", linestyle=":")
+        scale = "linear" if name == "minilm" else "log"
+        what = "mean cosine to the original's vectors" if name == "minilm" else "perplexity on held-back stories"
+        axes.set(xscale=scale, xlabel=what, title=f"{name}, {float(keep):.0%} of the kernels' values (dotted: all)")
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(HERE / "svd_order.png", dpi=120)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="*", default=list(KEPT))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    args = parser.parse_args()
-    for name in args.models:
-        measure(name, args.methods)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "table", "plot"])
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(KEPT)}; by default all")
+    parser.add_argument("--keep", nargs="*", type=float, default=[], help="fractions of the kernels' values")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.models if name not in KEPT]:
+        parser.error(f"unknown model {unknown[0]!r}; known: {', '.join(KEPT)}")
+    if arguments.action == "run":
+        for name in arguments.models or KEPT:
+            run(name, arguments.methods, arguments.keep)
+    else:
+        (table if arguments.action == "table" else plot)()
 
 
 if __name__ == "__main__":
