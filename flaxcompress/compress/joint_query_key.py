@@ -46,7 +46,7 @@ def compress_heads(
     for k in range(groups):
         into = key[:, k * d : (k + 1) * d]
         asked = query[:, k * each * d : (k + 1) * each * d].reshape(-1, each, d).transpose(1, 0, 2)
-        first = sum(one.T @ query_moment @ one for one in asked)
+        first = np.sum([one.T @ query_moment @ one for one in asked], axis=0)
         down, up, spectrum = linalg.cut_between(first, into.T @ key_moment @ into, width)
         queries += [one @ down for one in asked]
         keys.append(into @ up.T)
