@@ -14,22 +14,22 @@ left alone. Calibration: 256 docstrings, or 256 stories cut at 128 tokens.
 
 Results, 2026-11-24, JAX 0.10.2, one seed (an empty place was not run):
 
-                                                            minilm 0.6   stories260K 0.8   stories260K 0.6  babyllama105 0.8
-    plain SVD                                                    0.460           181.614                              10.795
+                                                            minilm 0.6   stories260K 0.8  babyllama105 0.8
+    plain SVD                                                    0.460           181.614            10.795
     input PCA                                                                    200.515
-    FWSVD                                                        0.638           126.773                               8.606
-    ASVD                                                         0.604           139.681                               9.093
-    whitened                                                     0.845            32.726                               3.172
+    FWSVD                                                        0.638           126.773             8.606
+    ASVD                                                         0.604           139.681             9.093
+    whitened                                                     0.845            32.726             3.172
     two-sided                                                                     31.951
-    whitened, in sequence                                        0.845            19.038                               3.025
-    whitened, ranks by energy                                    0.803            28.648           104.556             2.413
+    whitened, in sequence                                        0.845            19.038             3.025
+    whitened, ranks by energy                                    0.803            28.648             2.413
     whitened, ranks by gradient                                  0.871            32.862
     whitened, ranks by gradient, in sequence                                      13.982
     two-sided, ranks by gradient                                                  27.273
     whitened, ranks by zero sum                                                   31.534
-    module-joint                                                 0.886            15.043                               3.005
+    module-joint                                                 0.886            15.043             3.005
     module-joint, channels by leverage                                            15.102
-    joint heads, whitened feed-forward                           0.851            39.454                               3.205
+    joint heads, whitened feed-forward                           0.851            39.454             3.205
     joint heads, whitened feed-forward, in sequence                               25.271
     original                                                     1.000             4.085             2.278
 
@@ -45,7 +45,7 @@ Where it fails:
    beside 28.6); on MiniLM it brings nothing.
 3. What the joint methods gain lies in the feed-forward channels: the same narrower heads beside low-rank feed-forward
    kernels are about as good as whitening alone. Choosing channels one by one or by leverage makes little difference.
-4. Ranks by zero sum are near equal ones: cuts as large as these are not small changes, which first-order effects are of.
+4. Ranks by zero sum are hardly better than equal ones: first-order effects are of small changes, which these are not.
 5. Projecting inputs on their principal components is worse than plain SVD on stories260K.
 
 Cost: some minutes of one core a model; it was run in pieces, beside other work, and not timed as a whole.
