@@ -136,7 +136,7 @@ def kronecker_svd(
 ) -> Factors:
     """The rank-R matrix that minimises tr EᵀCEG for the error E: a Kronecker-factored Fisher metric.
 
-    C = E[xᵀx] and G = E[gᵀg], g the loss's gradient with respect to the output (K-FAC, Martens & Grosse 2015, eq. 1):
+    C = E[xᵀx] and G = E[gᵀg], g the loss's gradient with respect to the output (K-FAC, Martens & Grosse 2015):
     C⊗G stands for the Fisher matrix, and tr EᵀCEG/2 for the loss that E costs. Eigenvalues of G below 1e-6 of their
     mean are raised to it, since G is inverted.
 
@@ -155,9 +155,9 @@ def cut_between(
     """down [d, R], up [R, d] and the spectrum: the product (A·down)(up·B) is the nearest one of rank R to A·B.
 
     A and B enter by their Gram matrices, `first` = AᵀCA and `second` = BDBᵀ, where errors E of the product cost
-    tr EᵀCED: with BDBᵀ = TTᵀ and the leading eigenvectors U of TᵀAᵀCAT, down = TU and up = UᵀT⁻¹. Equal to the truncated
-    SVD of C^½ABD^½, at the price of d×d matrices (MoDeGPT, Lin et al. 2024, theorems 2 and 3). Both may be sums over
-    several A, or B, that share the other one. Eigenvalues of `second` below 1e-6 of their mean are raised to it.
+    tr EᵀCED: with BDBᵀ = TTᵀ and the leading eigenvectors U of TᵀAᵀCAT, down = TU and up = UᵀT⁻¹. Equal to the
+    truncated SVD of C^½ABD^½, at the price of d×d matrices. Both may be sums over several A, or B, that share the
+    other one. Eigenvalues of `second` below 1e-6 of their mean are raised to it.
 
     Raises ValueError for a rank outside 1 … d.
     """
@@ -172,13 +172,22 @@ def cut_between(
 
 
 def nystrom_columns(
-    second_moment: Float[np.ndarray, "F F"], count: int, *, ridge: float = 1e-2
+    second_moment: Float[np.ndarray, "F F"],
+    count: int,
+    *,
+    ridge: float = 1e-2,
+    reader: Float[np.ndarray, "F D"] | None = None,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "k F"]]:
     """Which k of F variables to keep, rising, and the matrix [k, F] that best makes all of them from those.
 
-    Kept are those of largest ridge leverage, the diagonal of C(C + λI)⁻¹ (MoDeGPT, Lin et al. 2024, algorithm 1). The
-    kept variables make themselves, and each other one by the ridge regression (C_SS + λI)⁻¹C_S: on them (a Nyström
+    The kept variables make themselves, and each other one by the ridge regression (C_SS + λI)⁻¹C_S: on them (a Nyström
     approximation of C); λ is `ridge` times the mean eigenvalue of C.
+
+    Args:
+      reader: W, a map that reads the variables h. With it they are chosen one by one, each as the one that takes most
+        off E‖hW - h'W‖², h' being made from those before it (orthogonal forward selection). Without it, those of
+        largest ridge leverage are kept, the diagonal of C(C + λI)⁻¹ (as in MoDeGPT, Lin et al. 2024), which knows
+        neither W nor that two variables may say the same.
 
     Raises ValueError for a count outside 1 … F.
     """
@@ -187,12 +196,30 @@ def nystrom_columns(
     damping = ridge * np.trace(c) / len(c)
     if not damping > 0:  # nothing is ever active: any of them
         return np.arange(count), np.eye(len(c))[:count]
-    values, vectors = np.linalg.eigh((c + c.T) / 2)
-    leverage = (vectors**2) @ (np.maximum(values, 0.0) / (np.maximum(values, 0.0) + damping))
-    kept = np.sort(np.argsort(-leverage, kind="stable")[:count])
+    if reader is None:
+        values, vectors = np.linalg.eigh((c + c.T) / 2)
+        leverage = (vectors**2) @ (np.maximum(values, 0.0) / (np.maximum(values, 0.0) + damping))
+        kept = np.sort(np.argsort(-leverage, kind="stable")[:count])
+    else:
+        kept = _forward_selection(c, np.asarray(reader, np.float64), count, damping)
     made = np.linalg.solve(c[np.ix_(kept, kept)] + damping * np.eye(count), c[kept])
     made[:, kept] = np.eye(count)
     return kept, made
+
+
+def _forward_selection(c: np.ndarray, reader: np.ndarray, count: int, damping: float) -> np.ndarray:
+    """The variables, rising, that in turn take most off the reader's squared error (see `nystrom_columns`)."""
+    rest, seen = c.copy(), c @ reader  # what the chosen ones do not explain: of C, and of CW
+    chosen = np.zeros(len(c), bool)
+    for _ in range(count):
+        left = np.maximum(np.diagonal(rest), 0.0) + damping
+        gain = np.where(chosen, -np.inf, (seen**2).sum(1) / left)
+        best = int(np.argmax(gain))
+        chosen[best] = True
+        direction = rest[best] / left[best]
+        seen -= np.outer(direction, seen[best])
+        rest -= np.outer(direction, rest[best].copy())
+    return np.flatnonzero(chosen)
 
 
 def shifted_target(

@@ -221,6 +221,36 @@ def test_nystrom_columns_make_the_others_by_ridge_regression(count):
         assert np.square(h[:, kept] @ made - h).sum() < 0.01 * np.square(h).sum()
 
 
+def test_forward_selection_passes_over_copies_and_what_nobody_reads():
+    """Six variables that vary alike, their copies, and six loud ones that the reader ignores."""
+    rng = np.random.default_rng(4)
+    h = rng.normal(size=(400, 12))
+    h = np.hstack([h[:, :6], h[:, :6], 10 * h[:, 6:]])
+    reader = np.vstack([rng.normal(size=(12, 5)), np.zeros((6, 5))])
+    c = h.T @ h / len(h)
+    errors = []
+    for given in (reader, None):
+        kept, made = linalg.nystrom_columns(c, 6, ridge=1e-6, reader=given)
+        errors.append(np.square(h[:, kept] @ made @ reader - h @ reader).sum() / np.square(h @ reader).sum())
+    assert errors[0] < 1e-6 < 0.5 < errors[1]  # leverage keeps the loud ones
+
+
+def test_forward_selection_takes_at_each_step_what_leaves_least():
+    """Against trying every variable at the first two steps, by ridge regression on all that are kept."""
+    c, reader = moment(), matrix()
+    damping = 1e-2 * np.trace(c) / N
+
+    def lost(kept):
+        m = np.linalg.solve(c[np.ix_(kept, kept)] + damping * np.eye(len(kept)), c[kept] @ reader)
+        # Squared error and ridge penalty together: what the elimination lowers.
+        return np.einsum("nm,nk,km->", reader, c, reader) - np.einsum("km,km->", c[kept] @ reader, m)
+
+    first = min(range(N), key=lambda j: lost([j]))
+    second = min((j for j in range(N) if j != first), key=lambda j: lost([first, j]))
+    kept, _ = linalg.nystrom_columns(c, 2, reader=reader)
+    assert set(kept) == {first, second}
+
+
 def test_nystrom_columns_of_what_is_never_active_are_finite():
     kept, made = linalg.nystrom_columns(np.zeros((N, N)), 4)
     assert len(kept) == 4 and np.isfinite(made).all()

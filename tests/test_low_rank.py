@@ -341,7 +341,7 @@ def test_of_a_trained_layer_the_error_is_the_tail_and_the_two_forms_agree():
     """MiniLM's first layer: biased, correlated inputs. float64 on float32 moments, so that C is not quite positive."""
     model = fc.load("minilm")
     text = fc.calibration_text()
-    moments = Calibration(text, model.assets, vocabulary=model.config.vocabulary).input_moments(model, sentences=256)
+    moments = Calibration(text, model.assets, vocabulary=model.config.vocabulary).input_moments(model, sentences=64)
     flat = tree.View(model.params)
     for name in ("attention/query", "attention/output", "feed_forward/up"):
         w, c = (

@@ -22,7 +22,10 @@ from flaxcompress.compress import (
     DropLayers,
     FactorizeEmbedding,
     Fold,
+    JointQueryKey,
+    JointValueOutput,
     LowRank,
+    NystromFeedForward,
     Quantize,
     SeparableConvolutions,
     Share,
@@ -126,6 +129,9 @@ STEPS = {
     "low_rank-two_sided": LowRank(pattern=KERNELS, rank=6, whitening="two_sided"),
     "low_rank-sequential": LowRank(pattern=FEED_FORWARD, rank=6, sequential=True, sentences=37),
     "low_rank-energy-ranks": LowRank(pattern=KERNELS, keep=0.6, allocation="energy"),
+    "joint-value-output": JointValueOutput(keep=0.5),
+    "joint-query-key": JointQueryKey(width=5),
+    "nystrom-feed-forward": NystromFeedForward(keep=0.5),
     "tensorize-cp": Tensorize(pattern=FEED_FORWARD, kind="cp", rank=6),
     "tensorize-tucker": Tensorize(pattern=KERNELS, keep=0.6),
     "tensorize-train": Tensorize(pattern=KERNELS, kind="tensor_train", keep=0.5),
@@ -161,6 +167,7 @@ REWRITTEN = {
     "DropLayers": r"layers/\d+/.*",
     "Share": r"layers/\d+/.*",
     "ToLatentAttention": r".*/attention/output/bias",  # the values' bias moves there
+    "JointValueOutput": r".*/attention/output/bias",
 }
 CERTAIN = [name for name in STEPS if not any(word in name for word in ("bytes", "average", "ranks"))]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
@@ -169,6 +176,7 @@ SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequen
 SLOW |= {"share-mean", "share-random"}
 SLOW |= {"tensorize-tucker", "tensorize-paired", "tensorize-cp-cut"}
 SLOW |= {"latent-none"}
+SLOW |= {"joint-query-key"}
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
 )

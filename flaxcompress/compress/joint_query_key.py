@@ -37,7 +37,8 @@ def compress_heads(
     """The maps of H query heads and K key heads at width r, and each group's spectrum.
 
     Least is the error of the scores x·W_q·W_kᵀ·yᵀ of independent tokens x and y with these second moments, summed over
-    the heads that read one key head (MoDeGPT, Lin et al. 2024, §3.3, without its restriction to columns).
+    the heads that read one key head (MoDeGPT, Lin et al. 2024, keeps whole
+    columns here).
     """
     d = key.shape[1] // groups
     each = query.shape[1] // (groups * d)
@@ -45,7 +46,7 @@ def compress_heads(
     for k in range(groups):
         into = key[:, k * d : (k + 1) * d]
         asked = query[:, k * each * d : (k + 1) * each * d].reshape(-1, each, d).transpose(1, 0, 2)
-        first = sum(one.T @ query_moment @ one for one in asked)
+        first = np.sum([one.T @ query_moment @ one for one in asked], axis=0)
         down, up, spectrum = linalg.cut_between(first, into.T @ key_moment @ into, width)
         queries += [one @ down for one in asked]
         keys.append(into @ up.T)
@@ -61,7 +62,7 @@ def pair_scores(
     groups: int,
     width: int,
 ) -> Float[np.ndarray, " h"]:
-    """What each of d/2 rotary pairs adds to the scores: Σ over heads of ‖C^½W_q,j‖‖C^½W_k,j‖ (MoDeGPT, theorem 3)."""
+    """What each of d/2 rotary pairs adds to the scores: Σ over heads of ‖C^½W_q,j‖‖C^½W_k,j‖ (MoDeGPT, 2024)."""
 
     def sizes(kernel: np.ndarray) -> np.ndarray:
         power = np.einsum("nm,nk,km->m", kernel, moment, kernel, optimize=True).reshape(-1, 2, width // 2)
@@ -123,9 +124,8 @@ class JointQueryKey(Step):
         calibration, old = context.need(self), model.config
         prefixes = [f"layers/{number}/attention/" for number in range(old.sharing.sets("attention"))]
         shapes = {f"{p}query/kernel": (old.width, old.heads * old.query_key_dim) for p in prefixes}
-        known = gather(
-            model, calibration, shapes, {INPUTS}, sentences=self.sentences, where=self.name, progress=context.progress
-        )
+        settings: Any = {"sentences": self.sentences, "where": self.name, "progress": context.progress}
+        known = gather(model, calibration, shapes, {INPUTS}, **settings)
         means = input_means(model, calibration, sentences=self.sentences)
         uses = np.bincount(old.sharing.attention)  # moments and means are sums over a set's uses
         parts: dict[str, _Part] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def compress_heads(
     """The maps of K value heads and H output heads at head width r, and each group's spectrum.
 
     A head gives p·x·W_v·W_o, p its probabilities. What is least is the error of x·W_v·W_o on the tokens x that are
-    attended to, summed over the heads that read one value head (MoDeGPT, Lin et al. 2024, §3.3).
+    attended to, summed over the heads that read one value head (MoDeGPT, Lin et al. 2024).
     """
     d = value.shape[1] // groups
     each = output.shape[0] // (groups * d)  # query heads of a value head
@@ -86,15 +86,8 @@ class JointValueOutput(Step):
         width, groups = self._width(model.config), model.config.groups
         prefixes = [f"layers/{number}/attention/" for number in range(config.sharing.sets("attention"))]
         shapes = {f"{p}value/kernel": (model.config.width, groups * model.config.head_dim) for p in prefixes}
-        known = gather(
-            model,
-            context.need(self),
-            shapes,
-            {INPUTS},
-            sentences=self.sentences,
-            where=self.name,
-            progress=context.progress,
-        )
+        settings: Any = {"sentences": self.sentences, "where": self.name, "progress": context.progress}
+        known = gather(model, context.need(self), shapes, {INPUTS}, **settings)
         changes: dict[str, np.ndarray] = {}
         for prefix in prefixes:
             held = matrices(model, prefix, self.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -16,24 +16,35 @@ from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.config import ModelConfig
 from flaxcompress.model import Model, abstract_flat
 
+Selection = Literal["forward", "leverage"]
+
 
 def compress_matrix(
-    down: Float[np.ndarray, "F D"], second_moment: Float[np.ndarray, "F F"], width: int, *, ridge: float = 1e-2
+    down: Float[np.ndarray, "F D"],
+    second_moment: Float[np.ndarray, "F F"],
+    width: int,
+    *,
+    ridge: float = 1e-2,
+    selection: Selection = "forward",
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "k D"]]:
     """The channels that stay, and the down map that reads them (see `linalg.nystrom_columns`)."""
-    kept, made = linalg.nystrom_columns(second_moment, width, ridge=ridge)
+    reader = down if selection == "forward" else None
+    kept, made = linalg.nystrom_columns(second_moment, width, ridge=ridge, reader=reader)
     return kept, made @ down
 
 
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NystromFeedForward(Step):
-    """Keeps some channels of every feed-forward network and fits the down map to them (MoDeGPT, Lin et al. 2024, §3.2).
+    """Keeps some channels of every feed-forward network and fits the down map to them (as MoDeGPT, Lin et al. 2024).
 
     Attributes:
       width: how many channels stay, in every network, or
       keep: the fraction of each network's channels.
-      ridge: λ of leverage and fit, as a share of the channels' mean second moment.
+      ridge: λ of the choice and of the fit, as a share of the channels' mean second moment.
+      selection: "forward" chooses channels one by one, each as the one that takes most off the output's error; by
+        "leverage", those that the others explain least (MoDeGPT's choice). Both are explained at
+        `linalg.nystrom_columns`.
       sentences: calibration sentences.
     """
 
@@ -42,6 +53,7 @@ class NystromFeedForward(Step):
     width: int | None = None
     keep: float | None = None
     ridge: float = 1e-2
+    selection: Selection = "forward"
     sentences: int = 768
 
     def __post_init__(self):
@@ -65,21 +77,14 @@ class NystromFeedForward(Step):
             f"{p}down/kernel": (model.config.feed_forward_width_of(number), model.config.width)
             for number, p in enumerate(prefixes)
         }
-        known = gather(
-            model,
-            context.need(self),
-            shapes,
-            {INPUTS},
-            sentences=self.sentences,
-            where=self.name,
-            progress=context.progress,
-        )
+        settings: Any = {"sentences": self.sentences, "where": self.name, "progress": context.progress}
+        known = gather(model, context.need(self), shapes, {INPUTS}, **settings)
         changes: dict[str, np.ndarray] = {}
         for prefix, width in zip(prefixes, widths, strict=True):
             held = matrices(model, prefix, self.name)
             moment = known[f"{prefix}down/kernel"].input_moments
             assert moment is not None
-            kept, down = compress_matrix(held["down/kernel"], moment, width, ridge=self.ridge)
+            kept, down = compress_matrix(held["down/kernel"], moment, width, ridge=self.ridge, selection=self.selection)
             changes[f"{prefix}down/kernel"] = down
             for path in (p for p in held if p.split("/")[0] in ("up", "gate")):
                 changes[prefix + path] = held[path][..., kept]

@@ -1,4 +1,4 @@
-"""Rows weigh by the size of their input: ASVD (Yuan et al. 2023, §3.2)."""
+"""Rows weigh by the size of their input: ASVD (Yuan et al. 2023)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from flaxcompress.compress.metrics.base import FISHER, Metric, Statistics
 
 
 def factorize(weight: np.ndarray, rank: int, statistics: Statistics) -> linalg.Factors:
-    """Minimises ‖S(W - AB)‖², S_ii² = Σ_j F_ij (eq. 6)."""
+    """Minimises ‖S(W - AB)‖², S_ii² = Σ_j F_ij."""
     assert statistics.fisher is not None
     rows = statistics.fisher.astype(np.float64).sum(1)
     return linalg.two_sided_svd(weight, rank, rows, np.ones(np.shape(weight)[1]))

@@ -1,4 +1,4 @@
-"""Inputs are projected on their principal components, as SliceGPT does (Ashkboos et al. 2024, §3.3)."""
+"""Inputs are projected on their principal components, as SliceGPT does (Ashkboos et al. 2024)."""
 
 from __future__ import annotations
 
