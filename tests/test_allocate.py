@@ -279,6 +279,14 @@ def test_settings_that_make_no_sense(settings, message):
         Allocate(**settings)
 
 
+def test_an_allocation_applied_twice_is_refused():
+    small = fc.Quantize(bits=8, rounding="mse", pattern="layers/.*/kernel")(tiny(), context(), key=KEY)
+    with pytest.raises(ValueError, match="layers/0/attention/key/kernel is stored as quantized already"):
+        Allocate(target="6x")(small, context(), key=KEY)
+    with pytest.raises(ValueError, match="allocate on the original model"):
+        Allocate(target="6x").plan(small.config)
+
+
 def test_targets_out_of_reach_name_the_smallest():
     with pytest.raises(ValueError, match=r"target of 0.00 MB cannot be reached; the smallest .* 0\.0\d MB"):
         Allocate(target="900B").plan(trimmed().config)

@@ -109,6 +109,15 @@ WRONG = {
     "compress {tiny} --out small --recipe bad-bits.yaml": ["7"],
     "compress {tiny} --out small --target huge": ["huge", "8x"],
     "compress {tiny} --out small --target 0x": ["0x"],
+    "compress {tiny} --out small --target 2x --max-drop 1%": ["--target", "--max-drop", "give one"],
+    "compress {tiny} --out small --max-drop 1": ["--max-drop", "1%"],
+    "compress {tiny} --out small --target 100x": ["cannot be reached", "smallest"],
+    "compress {tiny} --out small --mesh data=3": ["data=3", "devices"],
+    "compress {tiny} --out small --mesh date=1": ["'date'", "did you mean 'data'"],
+    "sensitivity {tiny}": ["--out"],
+    "sensitivity {tiny} --out not-empty": ["not-empty", "--overwrite"],
+    "sensitivity {tiny} --out minds --recipes balancd": ["balancd", "did you mean 'balanced'"],
+    "sensitivity {tiny} --out minds --data nowhere": ["nowhere", "no such file"],
     "compress {tiny} --out small --data": ["--data", "at least one"],
     "compress {tiny} --out small --recipe recipe.yaml --data nowhere": ["nowhere", "no such file"],
     "compress {tiny} --out small --recipe recipe.yaml --data empty.txt": ["empty.txt", "empty"],
@@ -377,6 +386,25 @@ def test_dry_run_writes_nothing(tiny, here, corpus, capsys):
     assert run(f"{COMPRESS} --heal-steps 3 --dry-run", tiny=tiny) == 0
     shown = capsys.readouterr().out
     assert "Quantize" in shown and "Heal" in shown and tree(here) == before
+
+
+def test_dry_run_of_a_target_shows_choices_and_their_loss(tiny, here, corpus, capsys):
+    before = tree(here)
+    assert run("compress {tiny} --out small --target 2x --data corpus.txt --dry-run", tiny=tiny) == 0
+    shown = capsys.readouterr().out
+    assert "Allocate" in shown and "predicted loss" in shown and "all, before healing" in shown
+    assert tree(here) == before
+
+
+@pytest.mark.slow
+def test_sensitivity(tiny, here, corpus, capsys):
+    command = "sensitivity {tiny} --out minds --data corpus.txt --recipes light --statistics kept"
+    assert run(command, tiny=tiny) == 0
+    shown = capsys.readouterr().out
+    assert "attention/query" in shown and "written to minds" in shown
+    report = json.loads(Path("minds/report.json").read_text())
+    assert len(report["matrices"]) == 12 and report["recipes"][0]["name"] == "light" and report["calibration"]
+    assert "<img" in Path("minds/report.html").read_text() and len(list(Path("kept").iterdir())) >= 3
 
 
 def test_compress_hands_its_settings_on(tiny, here, corpus, monkeypatch):

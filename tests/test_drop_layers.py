@@ -21,6 +21,7 @@ from flaxcompress.compress.statistics import dense_model
 from flaxcompress.export.merge import merge_deltas
 from flaxcompress.formats import nbytes
 from flaxcompress.model import abstract_flat
+from flaxcompress.train.objectives.base import Run
 
 SHARED = (
     FAMILIES["llama"]
@@ -86,6 +87,38 @@ def test_the_first_layers_alone_give_a_hidden_state():
         small(ids, mask).last_hidden_state[mask], want[mask], rtol=0, atol=64 * EPS * np.abs(want).max()
     )
     assert small.config.layers == 2 and small.config.sharing == fc.Sharing.own(2)
+
+
+def test_a_student_is_compared_with_the_layers_it_stands_for():
+    """The first two layers of four: nothing is missing of the teacher's first two, much of its last two."""
+    ids, mask = inputs()
+    small = dropped(drawn(), layers=(2, 3))
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = {}
+    for layers in ((0, 1), (2, 3)):
+        objective, teacher = fc.Distill(teacher=drawn(), cosine=0.0, logits=0.0, layers=layers).split()
+        term = objective.loss(Run(small.params, small.config, jnp.float32), teacher, batch)["hidden"]
+        found[layers] = float(term.total / term.weight)
+    assert found[0, 1] < 1e-10 and found[2, 3] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("gone", "stand_for"), [((1,), [1, 2, 3]), ((0,), [1, 2, 3]), ((2, 3), [0, 3]), ((1, 2), [2, 3])]
+)
+def test_a_layer_stands_for_those_left_out_behind_it(gone, stand_for):
+    context = Context(original=drawn())
+    fc.DropLayers(layers=gone)(drawn(), context, key=jax.random.key(0))
+    assert context.layers == stand_for
+
+
+@pytest.mark.parametrize(("layers", "message"), [((0, 4), "4 layers, and no layer 4"), ((0,), "they cannot be")])
+def test_layers_that_do_not_fit_are_refused(layers, message):
+    small = dropped(drawn(), layers=(2, 3))
+    ids, mask = inputs()
+    with pytest.raises(ValueError, match=message):
+        objective, teacher = fc.Distill(teacher=drawn(), layers=layers).split()
+        run = Run(small.params, small.config, jnp.float32)
+        objective.loss(run, teacher, {"input_ids": ids, "attention_mask": mask})
 
 
 def test_a_count_leaves_out_those_of_least_influence():

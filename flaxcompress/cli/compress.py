@@ -114,7 +114,10 @@ class Compress(Verb):
         data = None if self.data is None else list(self.data)
         key = jax.random.key(self.seed)
         found = predict(model, recipe, calibration=data, key=key, statistics=self.statistics, progress=True)
-        return plan if found is None else Group(plan, found.table())
+        if found is None:
+            return plan
+        structure, solution = found
+        return Group(plan, with_caption(solution.table(), structure.label))
 
 
 def work_folder(out: Path) -> Path:

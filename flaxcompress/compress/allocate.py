@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -30,17 +31,19 @@ from flaxcompress.compress.solve import (
     with_small_tables,
     with_structure,
 )
-from flaxcompress.compress.statistics import Batch
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.structures import Structure, structures
 from flaxcompress.compress.target import Target, parse_target
+from flaxcompress.compress.walk import walked_kernels
 from flaxcompress.config import ModelConfig
 from flaxcompress.folder import tensors_of
-from flaxcompress.formats import nbytes, to_tensors
+from flaxcompress.formats import Format, nbytes, to_tensors
+from flaxcompress.formats.base import spec_of
 from flaxcompress.model import Model, abstract_flat, replace_matrices
 
 log = logging.getLogger("flaxcompress")
 
+_MORE = 6  # runs beyond the corrections, where a target has not been met
 _SETTLED = 0.05  # of the table's bytes, or of all kernels: a change below it is not worth another run
 
 
@@ -90,14 +93,15 @@ class Allocate(Step):
         target = self._target(config)
         if target.kind == "loss" or (target.kind == "bytes" and _bytes_of(config) <= target.value):
             return config
-        menu = menu_of(self.actions, target)
+        check_dense(config)
+        menu, flops = menu_of(self.actions, target), 2 * sum(math.prod(n.shape) for n in _kernels(config).values())
         most = config.layers // 2 if "drop" in self.actions and config.decoder is None else 0
         for count in range(most + 1):  # the last ones, as good as any without data
             small = (
                 DropLayers(layers=tuple(range(config.layers - count, config.layers))).plan(config) if count else config
             )
             try:
-                solution = _solve(guess_prices(small, self.actions, menu), target, small)
+                solution = _solve(guess_prices(small, self.actions, menu), target, small, flops)
             except ValueError:
                 if count == most:
                     raise
@@ -118,41 +122,60 @@ class Allocate(Step):
         return parse_target(self.target, 2**62 if absolute else _bytes_of(config))
 
     def prices(self, model: Model, context: Context) -> Prices:
-        """What each action is predicted to cost."""
+        """What each action is predicted to cost. Raises ValueError for kernels that are not dense."""
+        check_dense(model.config)
         menu = menu_of(self.actions, parse_target(self.target, 2**62))
         return price(model, context.need(self), self.actions, menu, progress=context.progress)
 
-    def predict(self, model: Model, context: Context) -> Solution:
-        """The first choice, without running it. Raises ValueError for a target that cannot be reached."""
-        return _solve(self.prices(model, context), parse_target(self.target, context.original.nbytes), model.config)
+    def predict(self, model: Model, context: Context, *, key: jax.Array) -> tuple[Structure, Solution]:
+        """The first choice and its predicted loss, without running it; a structure's is measured.
+
+        Raises ValueError for a target that cannot be reached, and for kernels that are not dense.
+        """
+        target = parse_target(self.target, context.original.nbytes)
+        prices = self.prices(model, context)
+        structure = self._structure(model, prices, target, self._answers(model, context), context, key)
+        priced = with_structure(prices, structure, model.config.layers)
+        found = _solve(priced, _beyond(target, structure), model.config, _flops(context), structure)
+        return structure, dataclasses.replace(found, loss=found.loss + structure.loss)
+
+    def _answers(self, model: Model, context: Context) -> Answers:
+        batches = context.need(self).batches(self.sentences, size=32, pad=model.config.pad_token, seed=2)
+        return Answers(context.original, batches)
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         target = parse_target(self.target, context.original.nbytes)
-        calibration = context.need(self)
-        batches = calibration.batches(self.sentences, size=32, pad=model.config.pad_token, seed=2)
-        answers = Answers(context.original, batches)
-        prices = self.prices(model, context)
-        structure = self._structure(model, prices, target, answers, batches, context, key)
+        answers, prices = self._answers(model, context), self.prices(model, context)
+        structure = self._structure(model, prices, target, answers, context, key)
         for number, step in enumerate(structure.steps(model.config.layers)):
             model = step(model, context, key=jax.random.fold_in(key, 100 + number))
         if structure.dropped or structure.tied:
-            prices = dataclasses.replace(self.prices(model, context), scales=prices.scales)
-        allowed, solution = target, _solve(prices, target, model.config)
-        for number in range(self.corrections + 1):
-            small, table_loss, loss = _run(model, solution, prices.menu, context, answers, key)
+            prices = self.prices(model, context)
+        allowed, best, earlier = _beyond(target, structure), None, list(context.spectra)
+        solution = _solve(prices, allowed, model.config, _flops(context))
+        for number in range(self.corrections + _MORE):
+            small, table_loss, loss, spectra = _run(model, solution, prices.menu, context, answers, key)
             log.info("Allocate: predicted loss %.4g, measured %.4g (%s)", solution.loss, loss, answers.unit)
-            if number == self.corrections:
+            size = storage.file_size(tensors_of(small))
+            met = {"bytes": size <= target.value, "loss": loss <= target.value, "speed": True}[target.kind]
+            if met and (best is None or (size < best.size if target.kind == "loss" else loss < best.loss)):
+                best = _Best(small, solution, size, loss, spectra)
+            if best is not None and number >= self.corrections:
                 break
             prices = _corrected(prices, solution, table_loss, loss, structure.loss)
-            size = storage.file_size(tensors_of(small))
-            if target.kind == "bytes":  # what names took less than they might have
+            if target.kind == "bytes":  # what names took less, or more, than they might have
                 allowed = Target("bytes", allowed.value + target.value - size)
-            after = _solve(prices, allowed, model.config)
-            if _alike(solution, after) and not (target.kind == "bytes" and size > target.value):
+            after = _solve(prices, allowed, model.config, _flops(context))
+            if met and _alike(solution, after):
                 break
             solution = after
-        context.choices[:] = [*_structure_rows(structure), *solution.to_json()]
-        return small
+        if best is None:
+            raise ValueError(
+                f"Allocate: target {self.target} was not met in {self.corrections + _MORE} tries; ask for a little less"
+            )
+        context.spectra[:] = [*earlier, *best.spectra]
+        context.choices[:] = [*_structure_rows(structure), *best.solution.to_json()]
+        return best.model
 
     def _structure(
         self,
@@ -160,41 +183,90 @@ class Allocate(Step):
         prices: Prices,
         target: Target,
         answers: Answers,
-        batches: list[Batch],
         context: Context,
         key: jax.Array,
     ) -> Structure:
         """The layers to leave out and to tie: those with which the whole is predicted to lose least."""
         best, least = Structure(), np.inf
         with contextlib.suppress(ValueError):  # what all layers cannot reach, fewer may
-            least = _solve(prices, target, model.config).loss
+            least = _solve(prices, target, model.config, _flops(context)).loss
         if not {"drop", "tie"}.intersection(self.actions):
             return best
         actions = [a for a in self.actions if target.kind != "speed" or a != "tie"]
-        found = structures(model, batches, answers, context, actions, key=key, progress=context.progress)
+        found = structures(model, answers, context, actions, key=key, progress=context.progress)
         for structure in found:
             if structure.loss >= least:
                 continue  # whatever else is done to it
-            allowed = target
-            if target.kind == "loss":
-                if structure.loss >= target.value:
-                    continue
-                allowed = Target("loss", target.value - structure.loss)
             with contextlib.suppress(ValueError):
                 priced = with_structure(prices, structure, model.config.layers)
-                loss = structure.loss + _solve(priced, allowed, model.config, structure).loss
-                if loss < least:
-                    best, least = structure, loss
+                found = _solve(priced, _beyond(target, structure), model.config, _flops(context), structure)
+                if structure.loss + found.loss < least:
+                    best, least = structure, structure.loss + found.loss
         return best
+
+
+def _kernels(config: ModelConfig) -> dict[str, Any]:
+    flat = abstract_flat(config)
+    return {address: flat[address] for address in sorted(walked_kernels(config))}
+
+
+def check_dense(config: ModelConfig) -> None:
+    """Raises ValueError for a kernel in layers that is not dense: it has been compressed before."""
+    for address, node in _kernels(config).items():
+        if isinstance(node, Format):
+            raise ValueError(
+                f"Allocate: {address} is stored as {spec_of(node).kind} already; allocate on the original model"
+            )
+
+
+class _Best(NamedTuple):
+    """The best of the runs that met the target."""
+
+    model: Model
+    solution: Solution
+    size: int
+    loss: float
+    spectra: list[dict[str, Any]]
+
+
+def _beyond(target: Target, structure: Structure) -> Target:
+    """What a structure leaves of a target. Raises ValueError where it leaves nothing."""
+    if target.kind != "loss":
+        return target
+    if structure.loss >= target.value:
+        raise ValueError(f"Allocate: {structure.label}: loses {structure.loss:.3g}, more than the target")
+    return Target("loss", target.value - structure.loss)
+
+
+def _flops(context: Context) -> int:
+    """Operations per token of the original's kernels in layers, once for each layer that uses them."""
+    config = context.original.config
+    flat = abstract_flat(config)
+    total = 0
+    for address in walked_kernels(config):
+        at = tree.place(address)
+        assert at is not None
+        n, m = flat[address].shape
+        total += 2 * n * m * getattr(config.sharing, at.part).count(at.number)
+    return total
 
 
 def _bytes_of(config: ModelConfig) -> int:
     return sum(nbytes(node) for node in abstract_flat(config).values())
 
 
-def _solve(prices: Prices, target: Target, config: ModelConfig, structure: Structure = Structure()) -> Solution:  # noqa: B008
-    """The choice for a model whose other matrices stay as they are, or go with the layers that do."""
-    flat = abstract_flat(config)
+def _solve(
+    prices: Prices,
+    target: Target,
+    config: ModelConfig,
+    flops: int,
+    structure: Structure = Structure(),  # noqa: B008
+) -> Solution:
+    """The choice for a model whose other matrices stay as they are, or go with the layers that do.
+
+    Args:
+      flops: of the original's layers, per token.
+    """
     changed = {*prices.kernels, TOKEN} if prices.table is not None else set(prices.kernels)
     others = {
         a: n
@@ -202,8 +274,6 @@ def _solve(prices: Prices, target: Target, config: ModelConfig, structure: Struc
         if a not in changed and not _goes(tree.place(a), structure, config.layers)
     }
     rest = sum(nbytes(node) for node in others.values()) + header_bytes(others)
-    kernels = [a for a in flat if a.startswith("layers/") and a.endswith("/kernel")]
-    flops = sum(2 * flat[address].shape[0] * flat[address].shape[1] for address in kernels)
     return solve(prices, target, rest=rest, flops=flops)
 
 
@@ -230,7 +300,7 @@ def allocated_sizes(prices: Prices, sizes: Sequence[int], config: ModelConfig) -
     found = []
     for size in sizes:
         with contextlib.suppress(ValueError):
-            found.append((size, _solve(prices, Target("bytes", size), config)))
+            found.append((size, _solve(prices, Target("bytes", size), config, 0)))
     return found
 
 
@@ -242,8 +312,8 @@ def header_bytes(flat: Mapping[str, Any]) -> int:
 
 def _run(
     model: Model, solution: Solution, menu: Menu, context: Context, answers: Answers, key: jax.Array
-) -> tuple[Model, float, float]:
-    """The compressed model, the loss with its table alone, and its loss."""
+) -> tuple[Model, float, float, list[dict[str, Any]]]:
+    """The compressed model, the loss with its table alone, its loss, and the spectra that were cut."""
     table_loss, scratch = 0.0, dataclasses.replace(context, spectra=[], healing=[])
     small = model
     for number, step in enumerate(steps_of(solution, menu)):
@@ -257,8 +327,7 @@ def _run(
             table_loss = answers.loss(alone)
         view = tree.View(alone.params)
         small = replace_matrices(small, {address: view[address] for address in chosen})
-    context.spectra[:] = scratch.spectra
-    return small, table_loss, answers.loss(small)
+    return small, table_loss, answers.loss(small), scratch.spectra
 
 
 def _ranked(solution: Solution, step: Step) -> list[str]:

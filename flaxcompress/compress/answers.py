@@ -26,6 +26,7 @@ class Answers:
     divergence KL(original‖compressed) of the next one. `statistics.answer` has the gradients that belong to it.
 
     Attributes:
+      batches: of token ids and masks.
       unit: what the loss is: "1 - cosine" or "KL per token".
       parts: how many texts, or tokens, it is the mean of.
     """
@@ -34,7 +35,7 @@ class Answers:
         self, original: Model, batches: Sequence[Batch], states: Sequence[Float[Array, "B T D"]] | None = None
     ):
         """`states` are the last layer's outputs, where they are known already."""
-        self._original, self._batches = original, batches
+        self._original, self.batches = original, list(batches)
         self._causal = original.config.head == "causal_lm"
         self._pooling = original.assets.pooling or Pooling()
         states = [last_states(original, batch) for batch in batches] if states is None else states
@@ -46,14 +47,14 @@ class Answers:
     def loss_of_states(self, states: Sequence[Float[Array, "B T D"]]) -> float:
         """The loss of a model whose last layer puts out `states`, its final norm and head being the original's."""
         total = 0.0
-        for x, (_, mask), reference in zip(states, self._batches, self._references, strict=True):
+        for x, (_, mask), reference in zip(states, self.batches, self._references, strict=True):
             total += float(_loss(self._answer(x, mask), reference, mask, self._causal))
         return total / self.parts
 
     def loss(self, model: Model) -> float:
         """The loss of a model on the same tokens."""
         total = 0.0
-        for batch, reference in zip(self._batches, self._references, strict=True):
+        for batch, reference in zip(self.batches, self._references, strict=True):
             found = self._answer(last_states(model, batch), batch[1], model)
             total += float(_loss(found, reference, batch[1], self._causal))
         return total / self.parts

@@ -23,6 +23,7 @@ from flaxcompress.compress.kept import model_digest
 from flaxcompress.compress.recipe import Recipe
 from flaxcompress.compress.solve import Solution
 from flaxcompress.compress.step import Context
+from flaxcompress.compress.structures import Structure
 from flaxcompress.compress.trim_vocabulary import follow
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.evaluate import Report, compare_vectors, profile
@@ -126,7 +127,7 @@ def predict(
     key: jax.Array,
     statistics: str | Path | None = None,
     progress: bool = False,
-) -> Solution | None:
+) -> tuple[Structure, Solution] | None:
     """What a recipe's allocation would choose first, and the loss predicted for it; None for a recipe without one.
 
     The steps before the allocation are run, nothing after it. Raises as `compress` does.
@@ -139,7 +140,7 @@ def predict(
     small = model
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Allocate):
-            return step.predict(small, context)
+            return step.predict(small, context, key=jax.random.fold_in(key, number))
         small = step(small, context, key=jax.random.fold_in(key, number))
     return None
 

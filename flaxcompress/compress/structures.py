@@ -12,7 +12,6 @@ from flaxcompress import tree
 from flaxcompress.compress.answers import Answers
 from flaxcompress.compress.drop_layers import DropLayers
 from flaxcompress.compress.share import Share
-from flaxcompress.compress.statistics import Batch
 from flaxcompress.compress.step import Context, Step
 from flaxcompress.compress.walk import LayerWalk
 from flaxcompress.model import Model
@@ -62,7 +61,6 @@ def tie_map(kept: Sequence[int], tied: Sequence[int]) -> tuple[int, ...]:
 
 def structures(
     model: Model,
-    batches: list[Batch],
     answers: Answers,
     context: Context,
     actions: Sequence[str],
@@ -79,7 +77,7 @@ def structures(
     own = tuple(range(layers))
     if config.decoder is not None or layers < 2 or any(getattr(config.sharing, p) != own for p in config.sharing.parts):
         return
-    walk = LayerWalk(model, batches)
+    walk = LayerWalk(model, answers.batches)
     tie = "tie" in actions and config.deltas is None and not isinstance(config.feed_forward_width, tuple)
     first = 0 if config.first_norm else 1
     singles = [Structure(dropped=(layer,)) for layer in range(first, layers) if "drop" in actions]
