@@ -60,6 +60,7 @@ def test_the_report_holds_what_scripts_rely_on(model, sentences, tmp_path):
     assert data["bytes"]["after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert set(data["fidelity"]) == {"data", "n", "mean_cosine", "rank_correlation", "neighbour_overlap_10"}
     assert set(data["steps"][0]) == {"name", "params", "bytes", "seconds"}
+    assert min(data["encoded_per_second"]["before"], data["encoded_per_second"]["after"]) > 0
     assert data["seconds"] > 0 and data["versions"]["jax"] == jax.__version__
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card and "base_model: someone/some-model" in card and "Quantize" in card

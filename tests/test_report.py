@@ -238,6 +238,7 @@ def test_numbers_that_are_not_finite_become_null():
     ("changes", "error", "message"),
     [
         ({"bytes": {"before": 1}}, ValueError, "report: bytes: missing after"),
+        ({"encoded_per_second": {"after": 1.0}}, ValueError, "report: encoded_per_second: missing before"),
         ({"fidelity": {"n": 3}}, ValueError, "report: fidelity: missing data, mean_cosine"),
         ({"steps": [{"name": "x"}]}, ValueError, "report: steps: missing params, bytes, seconds"),
         ({"healing": [{"loss": 1.0}]}, ValueError, "report: healing: missing step"),
@@ -358,6 +359,23 @@ def test_report_table():
     for word in ("[bold]a/b", "90.86", "8.95", "10.15x", "0.9877", "1.0000", "600 texts: held <out>"):
         assert word in text
     assert "0.9877" not in rendered(make_report(fidelity=None).table())
+
+
+@pytest.mark.parametrize(("after", "slower"), [(1800.0, False), (990.0, False), (700.0, True)])
+def test_a_slower_model_is_said_to_be_slower(after, slower):
+    report = make_report(encoded_per_second={"before": 1000.0, "after": after})
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert report.is_slower == slower == ("slower" in rendered(report.table()))
+    assert ("make the model slower" in report.to_html()) == slower
+    assert f"{after:,.0f}" in rendered(report.table()) and f"{after / 1000:.2f}× as many as 1,000" in report.to_html()
+
+
+def test_choices_are_listed():
+    choices = [{"address": "layers/0/x/kernel", "choice": "3 bits", "kind": "bits", "bytes": 60_364, "loss": 1.5e-3}]
+    page = make_report(choices=choices).to_html()
+    for word in ("What each matrix became", "layers/0/x/kernel", "3 bits", "0.060", "1.50e-03"):
+        assert word in page
+    assert "What each matrix became" not in make_report().to_html()
 
 
 def test_smooth_and_kept_energy():

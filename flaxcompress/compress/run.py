@@ -27,11 +27,13 @@ from flaxcompress.compress.structures import Structure
 from flaxcompress.compress.trim_vocabulary import follow
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.evaluate import Report, compare_vectors, profile
+from flaxcompress.evaluate.rates import encode_rates
 from flaxcompress.folder import load, tensors_of, write_model
 from flaxcompress.model import Model
 
 log = logging.getLogger("flaxcompress")
 
+_TIMED = 128  # held-out texts that are encoded for the report's speed
 _NOTES = ("spectra", "healing", "choices", "layers")  # what steps leave in the context for later ones and the report
 
 
@@ -87,6 +89,7 @@ def compress(
         bytes={"before": file_bytes(model), "after": file_bytes(small)},
         flops_per_token={"before": before.flops_per_token, "after": after.flops_per_token},
         fidelity=None if text is None else _fidelity(small, model, text, progress),
+        encoded_per_second=None if text is None else encode_rates(model, small, text.held_out[:_TIMED]),
         steps=tuple(done),
         seconds=time.perf_counter() - start + earlier,
         parts={"before": before.to_json()["parts"], "after": after.to_json()["parts"]},

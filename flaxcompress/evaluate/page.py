@@ -39,6 +39,10 @@ def _cards(report: Report) -> str:
         before, after = values["before"], values["after"]
         ratio = f"{before / after:.2f}× smaller, " if after else ""
         cards.append((name, show(after), f"{ratio}from {show(before)}"))
+    if (rates := report.encoded_per_second) is not None:
+        ratio = f"{rates['after'] / rates['before']:.2f}× as many as {rates['before']:,.0f}"
+        said = f"{ratio}: these methods make the model slower here" if report.is_slower else ratio
+        cards.append(("texts encoded per second", f"{rates['after']:,.0f}", said))
     return html.cards(cards)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from flaxcompress.config import reject_unknown
 
+SLOWER = 0.95  # of the original's rate
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "flaxcompress")
 
 
@@ -36,6 +37,7 @@ class Report:
       bytes: {"before", "after"}, of model.safetensors.
       flops_per_token: {"before", "after"}.
       fidelity: {"data", "n", "mean_cosine", "rank_correlation", "neighbour_overlap_10"} on held-out text, or None.
+      encoded_per_second: {"before", "after"}, texts that `encode` gets through, of interleaved rounds; or None.
       steps: [{"name", "params", "bytes", "seconds"}], sizes after the step.
       seconds: of the whole run, finished steps of an interrupted one included.
       parts: {"before": [...], "after": [...]}, the parts of `Profile.to_json`.
@@ -53,6 +55,7 @@ class Report:
     bytes: Mapping[str, int]
     flops_per_token: Mapping[str, float]
     fidelity: Mapping[str, Any] | None = None
+    encoded_per_second: Mapping[str, float] | None = None
     steps: Sequence[Mapping[str, Any]] = ()
     seconds: float = 0.0
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
@@ -72,6 +75,8 @@ class Report:
         if self.fidelity is not None:
             keys = ("data", "n", "mean_cosine", "rank_correlation", "neighbour_overlap_10")
             _need(self.fidelity, "fidelity", *keys)
+        if self.encoded_per_second is not None:
+            _need(self.encoded_per_second, "encoded_per_second", "before", "after")
         if self.parts:
             _need(self.parts, "parts", "before", "after")
         for side, parts in self.parts.items():
@@ -80,6 +85,12 @@ class Report:
         for name, keys in _ROWS.items():
             for row in getattr(self, name):
                 _need(row, name, *keys)
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the compressed model was measured to encode slower than the original, beyond noise."""
+        rates = self.encoded_per_second
+        return rates is not None and rates["after"] < SLOWER * rates["before"]
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of report.json; `from_json` is its inverse."""
@@ -117,6 +128,10 @@ class Report:
             before, after = values["before"], values["after"]
             ratio = f"{before / after:.2f}x" if after else "–"
             table.add_row(name, f"{before / scale:,.2f}", f"{after / scale:,.2f}", ratio)
+        if self.encoded_per_second is not None:
+            before, after = self.encoded_per_second["before"], self.encoded_per_second["after"]
+            said = f"{after / before:.2f}x as many" + (", slower" if self.is_slower else "")
+            table.add_row("texts encoded per second", f"{before:,.0f}", f"{after:,.0f}", said)
         if self.fidelity is not None:
             table.add_section()
             for name, original, value in fidelity_rows(self.fidelity):
