@@ -201,6 +201,18 @@ def test_the_loss_of_a_causal_model_is_the_divergence():
     assert answers.loss(other) == pytest.approx(want, rel=1e-4)
 
 
+def test_a_causal_models_report_has_its_divergence():
+    from test_statistics import DECODER, random_model
+
+    model = random_model(DECODER.replace(vocabulary=200))
+    found = []
+    for bits in (8, 4):
+        recipe = fc.Recipe([fc.Quantize(bits=bits, rounding="nearest")])
+        _, report = fc.compress(model, recipe, calibration=list(text().train), key=KEY)
+        found.append(report.to_json()["fidelity"]["kl_per_token"])
+    assert 0 < 10 * found[0] < found[1]  # a fourth of the bits: 256 times the squared error
+
+
 # ── the step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from flaxcompress import storage
 from flaxcompress.compress.allocate import Allocate
-from flaxcompress.compress.calibrate import Calibration
+from flaxcompress.compress.answers import Answers
+from flaxcompress.compress.calibrate import Calibration, cut, make_batches
 from flaxcompress.compress.kept import model_digest
 from flaxcompress.compress.recipe import Recipe
 from flaxcompress.compress.solve import Solution
@@ -162,7 +163,11 @@ def _text(model: Model, calibration: CalibrationText | Sequence[str | Path] | No
 def _fidelity(small: Model, model: Model, text: CalibrationText, progress: bool) -> dict[str, Any]:
     held_out = list(text.held_out)
     vectors, reference = (m.encode(held_out, progress=progress) for m in (small, model))
-    return compare_vectors(vectors, reference, data=f"{text.name}, held out")
+    found = compare_vectors(vectors, reference, data=f"{text.name}, held out")
+    if model.config.head == "causal_lm" and small.config.vocabulary == model.config.vocabulary:
+        rows = [cut(row, model.assets.max_length) for row in model.assets.tokenize(held_out).ids]
+        found["kl_per_token"] = Answers(model, make_batches(rows, size=16, pad=model.config.pad_token)).loss(small)
+    return found
 
 
 def file_bytes(model: Model) -> int:

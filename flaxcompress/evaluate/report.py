@@ -36,7 +36,8 @@ class Report:
       params: {"before", "after"}, weights stored.
       bytes: {"before", "after"}, of model.safetensors.
       flops_per_token: {"before", "after"}.
-      fidelity: {"data", "n", "mean_cosine", "rank_correlation", "neighbour_overlap_10"} on held-out text, or None.
+      fidelity: {"data", "n", "mean_cosine", "rank_correlation", "neighbour_overlap_10"} on held-out text, or None; of
+        causal models also "kl_per_token", the mean divergence of the next token from the original's.
       encoded_per_second: {"before", "after"}, texts that `encode` gets through, of interleaved rounds; or None.
       steps: [{"name", "params", "bytes", "seconds"}], sizes after the step.
       seconds: of the whole run, finished steps of an interrupted one included.
@@ -158,6 +159,8 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ):
         value = fidelity[key]
         rows.append((name, "1.0000", "–" if value is None else f"{value:.4f}"))
+    if (divergence := fidelity.get("kl_per_token")) is not None:
+        rows.append(("divergence of the next token (nats)", "0.0000", f"{divergence:.4f}"))
     return rows
 
 
