@@ -1,6 +1,7 @@
 """flaxcompress: makes transformers smaller and faster in JAX/Flax and hands them back to PyTorch."""
 
 from flaxcompress.compress import (
+    Allocate,
     AutoencodeEmbedding,
     BitsFor,
     DropLayers,
@@ -43,6 +44,7 @@ from flaxcompress.train.mesh import make_mesh
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocate",
     "Assets",
     "AutoencodeEmbedding",
     "BitsFor",
