@@ -246,7 +246,7 @@ def test_smaller_sizes_are_predicted_to_lose_more():
     assert losses == sorted(losses)
 
 
-@pytest.mark.parametrize("target", quick(["3x", "4x", "80KB"], ["4x"]))
+@pytest.mark.parametrize("target", quick(["4x", "15KB"], ["4x"]))
 def test_a_size_is_met_and_never_passed(target):
     step = Allocate(target=target, sentences=16, corrections=1)
     ctx = dataclasses.replace(context(), choices=[], spectra=[])
@@ -332,4 +332,4 @@ def test_curves_of_every_matrix_and_of_sizes():
     assert data["recipes"][0]["name"] == "light" and data["recipes"][0]["loss"] < 0.01
     page = curves.to_html()
     assert page.count("<img") == 3 and "layers/1/feed_forward/down/kernel" in page
-    assert "attention/query" in curves.rows()[0][0]
+    assert "attention/query" in {row[0] for row in curves.rows()}

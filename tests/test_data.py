@@ -316,7 +316,8 @@ def test_split_does_not_depend_on_order():
 
 
 def test_held_out_is_at_most_a_tenth_and_at_most_what_is_asked_for():
-    assert len(calibration_text(sentences(100)).held_out) == 10
+    assert len(calibration_text(sentences(200)).held_out) == 20
+    assert len(calibration_text(sentences(40)).held_out) == 11  # enough for ten neighbours each
     assert len(calibration_text(sentences(100), held_out=4).held_out) == 4
     assert len(calibration_text(sentences(100), held_out=0).held_out) == 0
     assert len(calibration_text(sentences(9000)).held_out) == 600

@@ -17,7 +17,7 @@ from flaxcompress.compress.answers import Answers
 from flaxcompress.compress.drop_layers import DropLayers
 from flaxcompress.compress.factorize_embedding import TOKEN, FactorizeEmbedding
 from flaxcompress.compress.guess import guess_prices
-from flaxcompress.compress.kernel_offers import Menu
+from flaxcompress.compress.kernel_offers import Menu, undominated
 from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import Quantize
 from flaxcompress.compress.solve import (
@@ -267,14 +267,18 @@ def _solve(
     Args:
       flops: of the original's layers, per token.
     """
+    return solve(prices, target, rest=_rest(prices, config, structure), flops=flops)
+
+
+def _rest(prices: Prices, config: ModelConfig, structure: Structure) -> int:
+    """The bytes of what no choice changes, the file's header included."""
     changed = {*prices.kernels, TOKEN} if prices.table is not None else set(prices.kernels)
     others = {
         a: n
         for a, n in abstract_flat(with_small_tables(config)).items()
         if a not in changed and not _goes(tree.place(a), structure, config.layers)
     }
-    rest = sum(nbytes(node) for node in others.values()) + header_bytes(others)
-    return solve(prices, target, rest=rest, flops=flops)
+    return sum(nbytes(node) for node in others.values()) + header_bytes(others)
 
 
 def _goes(at: tree.Place | None, structure: Structure, layers: int) -> bool:
@@ -293,6 +297,13 @@ def _structure_rows(structure: Structure) -> list[dict[str, Any]]:
     ]
     rows = [*gone, *tied]
     return [{**row, "loss": structure.loss / len(rows)} for row in rows]
+
+
+def range_of_sizes(prices: Prices, config: ModelConfig) -> tuple[int, int]:
+    """The smallest and the largest file, in bytes, that a choice makes."""
+    rest = _rest(prices, config, Structure())
+    sizes = [[offer.bytes for offer in undominated(offers)] for offers in prices.offers().values()]
+    return rest + sum(map(min, sizes)), rest + sum(map(max, sizes))
 
 
 def allocated_sizes(prices: Prices, sizes: Sequence[int], config: ModelConfig) -> list[tuple[int, Solution]]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flaxcompress import storage, tree
-from flaxcompress.compress.allocate import allocated_sizes
+from flaxcompress.compress.allocate import allocated_sizes, range_of_sizes
 from flaxcompress.compress.answers import Answers
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.kernel_offers import Menu
@@ -34,7 +34,7 @@ def sensitivity_curves(
     key: jax.Array,
     progress: bool = False,
 ) -> Curves:
-    """Prices every matrix, solves for sizes from a third of the model down, and measures recipes without healing.
+    """Prices every matrix, solves for sizes from the smallest to the largest, and measures recipes without healing.
 
     Raises ValueError for a model without kernels in layers, and for recipes that do not fit it.
     """
@@ -52,7 +52,7 @@ def sensitivity_curves(
         shape = list(view[address].shape)
         matrices.append({"address": address, "shape": shape, "fractions": FRACTIONS, "bits": bits, "ranks": ranks})
     table = [] if prices.table is None else [{"bytes": o.bytes, "loss": o.loss} for o in prices.table.offers()]
-    sizes = np.geomspace(model.nbytes / 3.5, model.nbytes / 40, _POINTS).astype(int).tolist()
+    sizes = np.geomspace(*range_of_sizes(prices, trimmed.config), _POINTS).astype(int).tolist()
     frontier = [
         {"bytes": size, "loss": solution.loss} for size, solution in allocated_sizes(prices, sizes, trimmed.config)
     ]

@@ -18,6 +18,7 @@ from flaxcompress.data.readers import read_texts
 from flaxcompress.data.sentences import clean_sentences
 
 LEAST_SENTENCES = 32
+_LEAST_HELD_OUT = 11  # a sentence and its ten nearest neighbours, which fidelity compares
 MOST_SENTENCES = 200_000  # reading stops there: no method gains from more, and memory stays bounded
 _FILE_NAME = re.compile(r"[^\n]*\.(?:txt|text|md|tsv|csv|jsonl|ndjson|json)(?:\.gz)?(?::[^\s:/]+)?")
 
@@ -55,7 +56,7 @@ def calibration_text(
       source: None for the docstrings of Python's standard library; a file, or a list of files, each "FILE" or
         "FILE:column" (a list is one of files when its first item is an existing file, a Path, or ends like a text
         file); else texts. A `CalibrationText` is returned as it is.
-      held_out: how many sentences are held out, but never more than a tenth of them.
+      held_out: how many sentences are held out, but never more than a tenth of them, or 11 where that is less.
 
     Raises:
       ValueError: fewer than 32 usable sentences, or a file that cannot be read as `read_texts` says.
@@ -76,7 +77,7 @@ def calibration_text(
             f"at least {LEAST_SENTENCES} are needed; give more text, or none to use Python's docstrings"
         )
     found.sort(key=functools.partial(_hash, seed=seed))
-    count = min(held_out, len(found) // 10)
+    count = min(held_out, max(len(found) // 10, _LEAST_HELD_OUT))
     return CalibrationText(name=name, train=tuple(found[count:]), held_out=tuple(found[:count]))
 
 

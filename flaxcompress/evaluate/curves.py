@@ -66,7 +66,7 @@ class Curves:
 
         table = Table(title=Text(f"{self.source}: predicted loss of each kind of matrix alone ({self.unit})"))
         for number, name in enumerate(self.header()):
-            table.add_column(name, justify="left" if number == 0 else "right")
+            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows():
             table.add_row(*map(Text, row))
         return table
