@@ -10,8 +10,8 @@ from tiny_models import make_model, make_sentences, words
 
 import flaxcompress as fc
 from flaxcompress.compress import recipe_names
-from flaxcompress.compress.target import parse_target
 from flaxcompress.compress.run import file_bytes
+from flaxcompress.compress.target import parse_target
 
 WORDS = words(400)
 
