@@ -358,7 +358,7 @@ def test_too_little_text_says_how_much_was_found(tmp_path):
         calibration_text([])
     with pytest.raises(ValueError, match="found 0 usable"):
         calibration_text(["  ", "\n"])
-    assert len(calibration_text(sentences(32)).train) == 29
+    assert len(calibration_text(sentences(32)).train) == 21
 
 
 def test_reading_stops_at_the_most_sentences(tmp_path, monkeypatch):
