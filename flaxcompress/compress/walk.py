@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +78,8 @@ class LayerWalk:
       weights: {address: matrix}, of a model in memory (`tree.View`) or of its files.
       follow_original: walk the model as it is beside the exchanged one, for the stages' `cross`: twice the time, and
         twice the memory of a layer's states.
-      finished: {address: matrix} that an earlier walk exchanged; layers that it holds are walked through without stages.
+      made: {address: matrix} that an earlier walk exchanged.
+      passed: kernels that need no stage.
     """
 
     def __init__(
@@ -88,12 +89,13 @@ class LayerWalk:
         batches: Sequence[Batch],
         *,
         follow_original: bool = False,
-        finished: Mapping[str, Any] | None = None,
+        made: Mapping[str, Any] | None = None,
+        passed: Container[str] = (),
     ):
         self._config = config.replace(formats=())  # one structure for all layers
         self._dtype = compute_dtype()
         self._weights = weights
-        self._finished = {} if finished is None else finished
+        self._made, self._passed = {} if made is None else made, passed
         self._sliced: dict[str, Any] = {}
         self.exchanged: dict[str, Any] = {}
         self.masks = [jnp.asarray(mask) for _, mask in batches]
@@ -116,7 +118,7 @@ class LayerWalk:
             for number in range(self._config.layers):
                 for stage in stages_of(self._config):
                     addresses = tuple(self._address(number, part, f"{name}/kernel") for part, name in stage)
-                    if not seen.issuperset(addresses) and not all(a in self._finished for a in addresses):
+                    if not seen.issuperset(addresses) and not all(a in self._passed for a in addresses):
                         seen.update(addresses)
                         name = "/".join(stage[0])
                         yield Stage(number, addresses, self._moments(number, name), self._cross(number, name))
@@ -159,7 +161,7 @@ class LayerWalk:
 
     def kernel(self, address: str) -> Float[Array, "n m"]:
         """The dense matrix at an address, as exchanged."""
-        for exchanged in (self.exchanged, self._finished):
+        for exchanged in (self.exchanged, self._made):
             if address in exchanged:
                 if self._originals is None:
                     self._sliced.pop(address, None)
