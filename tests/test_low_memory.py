@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import json
 import weakref
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from quick import quick
 from tiny_models import make_model, make_sentences, words
 
 import flaxcompress as fc
@@ -40,13 +42,9 @@ BERT = {"width": 16, "layers": LAYERS, "feed_forward_width": 24, "positions": 32
 KERNELS = r"layers/\d+/.*/kernel"
 
 
-@pytest.fixture(scope="module", params=["llama", "bert"])
-def source(request, tmp_path_factory):
-    """A Hugging Face folder: bfloat16, in shards of a few tensors."""
-    return write_source(request.param, tmp_path_factory.mktemp(request.param))
-
-
 def write_source(name, folder):
+    """A Hugging Face folder: bfloat16, in shards of a few tensors."""
+    folder.mkdir(exist_ok=True)
     model = make_model(VOCABULARY, **{"llama": LLAMA, "bert": BERT}[name])
     family = FAMILIES[model.config.family]
     flat = {a: np.asarray(node) for a, node in tree.flatten(model.params).items()}
@@ -86,10 +84,15 @@ EQUAL = {
 }
 
 
-@pytest.mark.parametrize("name", EQUAL)
-def test_equals_compression_in_memory(name, source, tmp_path):
+CASES = quick(itertools.product(["llama", "bert"], EQUAL), {("llama", "sequential"), ("bert", "mixed")})
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_equals_compression_in_memory(family, name, tmp_path):
+    source = write_source(family, tmp_path / family)
     report = fc.compress_folder(source, EQUAL[name], tmp_path / "out", calibration=TEXT, work=tmp_path / "work")
-    small, want = fc.load(tmp_path / "out"), in_memory(source, name)
+    want = fc.compress(fc.load(source), EQUAL[name], calibration=TEXT, key=jax.random.key(0))[0]
+    small = fc.load(tmp_path / "out")
     assert small.config.replace(formats=()) == want.config.replace(formats=())
     got = tensors_of(small)
     for address, array in tensors_of(want).items():
@@ -104,25 +107,18 @@ def test_equals_compression_in_memory(name, source, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["layers"]
 
 
-@functools.cache
-def in_memory(source, name):
-    return fc.compress(fc.load(source), EQUAL[name], calibration=TEXT, key=jax.random.key(0))[0]
-
-
 @pytest.mark.parametrize(
     "step",
     [
         fc.LowRank(KERNELS, keep=0.6, sentences=70),
-        fc.LowRank(KERNELS, rank=4, whitening="asvd", sentences=70),
-        fc.Tensorize(r"layers/\d+/feed_forward/.*/kernel", keep=0.6),
+        pytest.param(fc.LowRank(KERNELS, rank=4, whitening="asvd", sentences=70), marks=pytest.mark.slow),
+        pytest.param(fc.Tensorize(r"layers/\d+/feed_forward/.*/kernel", keep=0.6), marks=pytest.mark.slow),
     ],
     ids=["activation", "asvd", "tucker"],
 )
 def test_statistics_of_one_layer_at_a_time(step, tmp_path):
     """Second moments are summed in another order there; factors turn with them, their products do not."""
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    source = write_source("bert", folder)
+    source = write_source("bert", tmp_path / "bert")
     fc.compress_folder(source, recipe(step), tmp_path / "out", calibration=TEXT, work=tmp_path / "work")
     small = tree.View(fc.load(tmp_path / "out").params)
     want = tree.View(fc.compress(fc.load(source), recipe(step), calibration=TEXT, key=jax.random.key(0))[0].params)
@@ -135,11 +131,9 @@ def test_statistics_of_one_layer_at_a_time(step, tmp_path):
         np.testing.assert_allclose(found, dense, rtol=0, atol=atol, err_msg=address)
 
 
-@pytest.mark.parametrize("after", [0, 4, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", quick([0, 4, 10], {4}))
 def test_an_interrupted_run_goes_on_at_its_layer(after, tmp_path, monkeypatch):
-    folder = tmp_path / "llama"
-    folder.mkdir()
-    source = write_source("llama", folder)
+    source = write_source("llama", tmp_path / "llama")
     write, written = LayerStore.write, []
 
     def failing(self, group, *rest):
@@ -185,6 +179,7 @@ def test_one_layer_is_held(tmp_path, monkeypatch):
     assert most[0] <= 1 and len(alive) == len(open_model(source).weights)
 
 
+@pytest.mark.slow
 def test_the_folder_computes_the_same_in_pytorch(tmp_path):
     pytest.importorskip("torch")
     from flaxcompress.export.torch import check_folder
@@ -194,6 +189,7 @@ def test_the_folder_computes_the_same_in_pytorch(tmp_path):
     check_folder(fc.load(tmp_path / "out"), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_compressed_folder_is_a_source(tmp_path):
     """Low rank from one run, its factors rounded by another."""
     source, (first, second) = write_source("llama", tmp_path), SEQUENTIAL.steps
@@ -223,7 +219,7 @@ def test_what_needs_the_whole_model_is_refused(steps, message, tmp_path):
 
 
 def test_shared_layers_are_refused(tmp_path):
-    model = make_model(VOCABULARY, **BERT, sharing=Sharing((0,) * LAYERS, (0,) * LAYERS, (0,) * LAYERS))
+    model = make_model(VOCABULARY, **BERT, sharing=Sharing.named("all", layers=LAYERS))
     fc.save(model, tmp_path / "shared")
     with pytest.raises(ValueError, match="share their attention, feed_forward, norms"):
         fc.compress_folder(tmp_path / "shared", SEQUENTIAL, tmp_path / "out", calibration=TEXT, work=tmp_path / "work")
