@@ -1,9 +1,10 @@
 """Does a model of 1B parameters go through compression in the memory of one layer?
 
 A Llama of width 2048 with random bfloat16 weights, written shard by shard, is compressed by `flaxcompress compress
---low-memory` in a process of its own: every kernel of the layers whitened by its inputs and cut to 0.6 of its
-parameters, on what the compressed layers before give (`sequential`), then 8 bits everywhere, the factors by GPTQ. The
-process is killed (SIGKILL) when half of the first step's layers are written, and started again.
+--low-memory` in a process of its own: the attention's kernels and those out of the feed-forwards (5632×2048, whose
+inputs' second moments are the largest) cut to 0.6 of their parameters, whitened, on what the compressed layers before
+give (`sequential`, which holds the moments of shifted and original inputs); then 8 bits everywhere. The process is
+killed (SIGKILL) when half of the first step's layers are written, and started again.
 
 What counts is the larger peak of resident memory of both processes (`ru_maxrss`), against 1.5 times the largest layer
 in float32, its second moments once, and 2 GB.
@@ -45,12 +46,11 @@ HF = {
     **{"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False},
     **{"torch_dtype": "bfloat16", "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0},
 }
-SENTENCES = 96
-RECIPE = f"""
-description: 0.6 of every kernel's parameters on shifted inputs, then 8 bits
+RECIPE = r"""
+description: attention and what leads out of the feed-forwards at 0.6 of their parameters, then 8 bits everywhere
 steps:
-  - LowRank: {{pattern: 'layers/\\d+/.*/kernel', keep: 0.6, sequential: true, sentences: {SENTENCES}}}
-  - Quantize: {{bits: 8, sentences: {SENTENCES}}}
+  - LowRank: {pattern: 'layers/\d+/(attention/.*|feed_forward/down)/kernel', keep: 0.6, sequential: true, sentences: 32}
+  - Quantize: {bits: 8, rounding: mse}
 """
 SLACK = 2e9  # bytes beside the layer and its statistics
 

@@ -12,8 +12,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from quick import quick
+from safetensors.numpy import load_file, save_file
 from tiny_models import make_model, make_sentences, words
 
 import flaxcompress as fc
