@@ -237,7 +237,15 @@ def shifted_target(
     ridge = damping * np.trace(c) / len(c)
     if not ridge > 0:
         return w
-    return w + np.linalg.solve(c + ridge * np.eye(len(c)), (k - c) @ w)
+    shift = (k - c) @ w
+    return w + np.linalg.solve(with_ridge(c, ridge), shift)
+
+
+def with_ridge(matrix: Float[np.ndarray, "n n"], ridge: float) -> Float[np.ndarray, "n n"]:
+    """A + λI in float64, without an identity matrix beside it."""
+    found = np.array(matrix, np.float64)
+    found.flat[:: len(found) + 1] += ridge
+    return found
 
 
 def row_weighted_svd(

@@ -115,7 +115,7 @@ def compress_folder(
 
 def _layer_step(step: Step) -> LayerStep:
     if not isinstance(step, LayerStep):
-        known = ", ".join(name for name, kind in known_steps().items() if issubclass(kind, LayerStep))
+        known = ", ".join(name for name, kind in sorted(known_steps().items()) if issubclass(kind, LayerStep))
         raise ValueError(
             f"low memory: {step.name} needs the whole model; what works layer by layer: {known}; leave {step.name} out "
             "of the recipe (heal by `flaxcompress train` afterwards), or leave out --low-memory"
