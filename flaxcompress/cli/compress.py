@@ -56,6 +56,10 @@ class Compress(Verb):
     seed: Annotated[int, arg(metavar="N", help="of everything random")] = 0
     debug: Debug = False
 
+    @property
+    def saves_memory(self) -> bool:
+        return self.low_memory
+
     def check(self) -> None:
         if self.target is not None and self.max_drop is not None:
             raise ValueError("compress: --target and --max-drop exclude each other; give one")

@@ -245,8 +245,7 @@ class LowRank(LayerStep):
                     target, moments = self._weight(weights, address), np.asarray(stage.moments)
                     check_finite(moments, f"LowRank: input_moments of {address}")
                     if stage.cross is not None:
-                        moments = np.asarray(moments, np.float64)
-                        target = linalg.shifted_target(target, moments, np.asarray(stage.cross, np.float64))
+                        target = linalg.shifted_target(target, moments, np.asarray(stage.cross))
                     known = dataclasses.replace(
                         statistics.get(address, Statistics()), input_moments=shrunk(moments, tokens)
                     )
