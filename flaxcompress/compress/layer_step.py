@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -66,8 +65,8 @@ def walked(
     batches = context.need(step).batches(sentences, size=32, pad=config.pad_token)
     made = context.finished if exchanging else {}
     walk = LayerWalk(config, weights, batches, follow_original=follow_original, made=made, passed=context.finished)
-    stages = walk.stages(label="layers", progress=context.progress)
-    return walk, ((f"layers/{n}", group) for n, group in itertools.groupby(stages, lambda stage: stage.layer))
+    layers = walk.by_layer(label="layers", progress=context.progress)
+    return walk, ((f"layers/{number}", stages) for number, stages in layers)
 
 
 def check_walked(config: ModelConfig, addresses: Iterable[str], where: str) -> None:

@@ -17,6 +17,7 @@ from flaxcompress.compress.matrix_statistics import check_finite, count_tokens, 
 from flaxcompress.compress.metrics import GRADIENTS, INPUTS, METRICS, Statistics
 from flaxcompress.compress.rank_allocation import Ranks, values_of, water_filling, zero_sum
 from flaxcompress.compress.step import Context, register_step
+from flaxcompress.compress.walk import Stage
 from flaxcompress.config import ModelConfig, closest
 from flaxcompress.formats import Format, LowRankSpec, dense, materialize, rank_for
 from flaxcompress.formats import LowRank as LowRankFormat
@@ -235,21 +236,20 @@ class LowRank(LayerStep):
         warn_of_few_tokens(tokens, max(shapes[a].shape[0] for a in ranks), self.name)
         follow = {"exchanging": self.sequential, "follow_original": self.sequential}
         walk, groups = walked(self, config, weights, context, sentences=self.sentences, **follow)
-        for group, stages in groups:
-            fitted: dict[str, linalg.Factors] = {}
-            for stage in stages:
-                for address in stage.addresses:
-                    rank = ranks.get(address)
-                    if rank is None:
-                        continue
-                    target, moments = self._weight(weights, address), np.asarray(stage.moments)
-                    check_finite(moments, f"LowRank: input_moments of {address}")
-                    if stage.cross is not None:
-                        target = linalg.shifted_target(target, moments, np.asarray(stage.cross))
-                    known = dataclasses.replace(
-                        statistics.get(address, Statistics()), input_moments=shrunk(moments, tokens)
-                    )
-                    fitted[address] = self._metric.factorize(target, rank, known)
-                    if self.sequential:
-                        walk.exchanged[address] = _format(fitted[address])
-            yield group, fitted
+
+        def fit(stage: Stage) -> dict[str, linalg.Factors]:
+            moments, found = np.asarray(stage.moments), {}
+            for address in (a for a in stage.addresses if ranks.get(a) is not None):
+                check_finite(moments, f"LowRank: input_moments of {address}")
+                target = self._weight(weights, address)
+                if stage.cross is not None:
+                    target = linalg.shifted_target(target, moments, np.asarray(stage.cross))
+                own = statistics.get(address, Statistics())
+                known = dataclasses.replace(own, input_moments=shrunk(moments, tokens))
+                found[address] = self._metric.factorize(target, ranks[address] or 0, known)
+                if self.sequential:
+                    walk.exchanged[address] = _format(found[address])
+            return found
+
+        for group, stages in groups:  # nothing of a stage outlives it
+            yield group, {address: factors for found in map(fit, stages) for address, factors in found.items()}

@@ -113,20 +113,31 @@ class LayerWalk:
 
     def stages(self, *, label: str, progress: bool = False) -> Iterator[Stage]:
         """Every stage of every layer in order; what is exchanged at a weight set's first use holds at later ones."""
+        for _, stages in self.by_layer(label=label, progress=progress):
+            yield from stages
+
+    def by_layer(self, *, label: str, progress: bool = False) -> Iterator[tuple[int, Iterator[Stage]]]:
+        """Each layer that has stages, and these, to be gone through before the next layer is asked for."""
         seen: set[str] = set()
         with progress_bar(label, self._config.layers, show=progress) as advance:
             for number in range(self._config.layers):
+                wanted = {}
                 for stage in stages_of(self._config):
                     addresses = tuple(self._address(number, part, f"{name}/kernel") for part, name in stage)
                     if not seen.issuperset(addresses) and not all(a in self._passed for a in addresses):
                         seen.update(addresses)
-                        name = "/".join(stage[0])
-                        yield Stage(number, addresses, self._moments(number, name), self._cross(number, name))
+                        wanted["/".join(stage[0])] = addresses
+                if wanted:
+                    yield number, self._stages(number, wanted)
                 self._step(self._states, self._params(number), number)
                 if self._originals is not None:
                     self._step(self._originals, self._params(number, exchanged=False), number)
                 self._let_go(number)
                 advance()
+
+    def _stages(self, number: int, wanted: Mapping[str, tuple[str, ...]]) -> Iterator[Stage]:
+        for name, addresses in wanted.items():
+            yield Stage(number, addresses, self._moments(number, name), self._cross(number, name))
 
     def _let_go(self, number: int) -> None:
         """Forgets what a layer took and no later one takes."""
