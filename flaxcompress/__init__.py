@@ -25,6 +25,7 @@ from flaxcompress.compress import (
     Trim,
     TrimVocabulary,
     compress,
+    compress_folder,
 )
 from flaxcompress.config import Deltas, ModelConfig, Rotary, Sharing
 from flaxcompress.data import CalibrationText, calibration_text
@@ -87,6 +88,7 @@ __all__ = [
     "TrimVocabulary",
     "calibration_text",
     "compress",
+    "compress_folder",
     "evaluate",
     "export",
     "fit",

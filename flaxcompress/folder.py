@@ -6,10 +6,10 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import resources, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,19 @@ from flaxcompress.card import model_card
 from flaxcompress.config import GENERATING, ModelConfig, closest
 from flaxcompress.families import CHECKPOINTS, FAMILIES, Family
 from flaxcompress.families.base import Stored, write_classes
-from flaxcompress.formats import FakeQuantized, from_tensors, to_tensors
+from flaxcompress.formats import FakeQuantized, to_tensors
 from flaxcompress.heads import with_head
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import (
     TOKENIZER_FILES,
+    Assets,
     class_names,
     generation_config_file,
     read_assets,
     sentence_transformers_files,
     tokenizer_config_file,
 )
+from flaxcompress.weights import family_weights, own_weights
 
 log = logging.getLogger("flaxcompress")
 
@@ -109,13 +111,34 @@ def load(
       ValueError: an unknown model_type, pickled weights, a damaged file, missing or unexpected tensors, shapes that
         contradict the config, or a new head without `key` or `classes`.
     """
+    stored, fresh = _open(name, head, classes)
+    model = Model(params=_device(tree.unflatten(dict(stored.weights))), config=stored.config, assets=stored.assets)
+    return with_head(model, head, classes=classes, key=key) if head is not None and fresh else model
+
+
+class StoredModel(NamedTuple):
+    """A model in its folder: `weights` is {address: matrix}, each read when it is asked for."""
+
+    config: ModelConfig
+    weights: Mapping[str, Any]
+    assets: Assets
+
+
+def open_model(name: str | Path) -> StoredModel:
+    """A model whose weights stay in their files until they are asked for; takes, and raises, what `load` does.
+
+    Those of a checkpoint that is no Hugging Face folder are read at once.
+    """
+    return _open(name, None, None)[0]
+
+
+def _open(name: str | Path, head: str | None, classes: int | None) -> tuple[StoredModel, bool]:
+    """A stored model, and whether the head that is asked for has to be made anew."""
     for checkpoint in CHECKPOINTS:
-        if (file := checkpoint.find(Path(name))) is None:
-            continue
-        config, flat, assets = checkpoint.read(file)
-        _check_shapes(file, config, flat)
-        model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
-        return model if head is None else with_head(model, head, classes=classes, key=key)
+        if (file := checkpoint.find(Path(name))) is not None:
+            config, flat, assets = checkpoint.read(file)
+            _check_shapes(file, config, flat)
+            return StoredModel(config, flat, assets), True
     folder = resolve(name)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -125,16 +148,15 @@ def load(
         raise ValueError(f"{config_path}: expected an object, got {type(hf).__name__}")
     model_type = hf.get("model_type")
     if model_type == MODEL_TYPE:
-        return _load_own(folder, hf, head, classes, key)
+        return _own(folder, hf, head, classes)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = closest(str(model_type), [*FAMILIES, MODEL_TYPE])
         raise ValueError(f"{config_path}: model_type {model_type!r} is not supported; {known}")
     tensors = storage.Tensors(storage.weight_files(folder))
     hf, fresh = _stating_head(hf, FAMILIES[model_type], head, classes, tensors)
-    config, flat = _read_family(folder, FAMILIES[model_type].read_config(hf), tensors)
+    config, weights = family_weights(folder, FAMILIES[model_type].read_config(hf), tensors)
     assets = read_assets(folder, positions=config.positions, source=_source_name(name, hf))
-    model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
-    return with_head(model, head, classes=classes, key=key) if head is not None and fresh else model
+    return StoredModel(config, weights, assets), fresh
 
 
 def _check_shapes(file: Path, config: ModelConfig, flat: tree.Flat) -> None:
@@ -179,57 +201,7 @@ def _device(params: Any) -> Any:
     return jax.tree.map(jnp.asarray, params)
 
 
-def _read_family(folder: Path, config: ModelConfig, tensors: storage.Tensors) -> tuple[ModelConfig, tree.Flat]:
-    family = FAMILIES[config.family]
-    stored = {}
-    for name in tensors:
-        canonical = family.canonical(name)
-        if canonical in stored:
-            raise ValueError(f"{folder}: tensors {stored[canonical]!r} and {name!r} are the same weight")
-        stored[canonical] = name
-    if config.pooler and not any(n.startswith("pooler.") for n in stored):
-        config = config.replace(pooler=False)
-    if family.own_head is not None and config.head.endswith("_lm"):
-        own, table = stored.get(family.own_head), stored[family.names(config)["embedding/token"].name]
-        config = config.replace(tied=own is None or np.array_equal(tensors[own], tensors[table]))
-    wanted = family.names(config)
-    needed = {where.name for where in wanted.values()}
-    missing = [name for name in dict.fromkeys(where.name for where in wanted.values()) if name not in stored]
-    if missing:
-        raise ValueError(f"{folder}: {_count(missing)} missing: {_some(missing)}; is the file complete?")
-    rest = [n for n in stored if n not in needed and not any(re.fullmatch(p, n) for p in family.ignored)]
-    heads = [n for n in rest if n.startswith(family.head_prefixes)]
-    if extra := sorted(set(rest) - set(heads)):
-        raise ValueError(f"{folder}: {len(extra)} tensors that a {config.family} model does not have: {_some(extra)}")
-    if heads:
-        log.warning(
-            "%s: left out %d tensors of heads that were not asked for: %s", folder.name, len(heads), _some(heads)
-        )
-    shapes = abstract_flat(config)
-    flat = {}
-    for address, where in wanted.items():
-        shape, implied = tensors.shape(stored[where.name]), where.shape(shapes[address].shape)
-        if shape != implied:
-            raise ValueError(f"{folder}: {where.name} has shape {list(shape)}, config.json implies {list(implied)}")
-        array = tensors[stored[where.name]]
-        if array.dtype.kind in "iub":
-            raise ValueError(f"{folder}: {where.name} holds {array.dtype}, not floating-point weights")
-        flat[address] = np.asarray(where.read(array), np.float32)
-    return config, flat
-
-
-def _count(names: Sequence[str]) -> str:
-    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-def _some(names: Sequence[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-def _load_own(
-    folder: Path, hf: Mapping[str, Any], head: str | None, classes: int | None, key: jax.Array | None
-) -> Model:
+def _own(folder: Path, hf: Mapping[str, Any], head: str | None, classes: int | None) -> tuple[StoredModel, bool]:
     if not isinstance(hf.get("flaxcompress"), dict):
         raise ValueError(
             f"{folder / 'config.json'}: model_type is {MODEL_TYPE!r} but the key 'flaxcompress' is missing"
@@ -237,28 +209,7 @@ def _load_own(
     own = hf["flaxcompress"]
     other = head is not None and (head != own.get("head") or classes not in (None, own.get("classes")))
     config = ModelConfig.from_json({**own, "head": "none", "classes": 0} if other else own)
-    tensors = storage.Tensors(storage.weight_files(folder))
-    abstract = abstract_flat(config)
-    wanted = {n: leaf for address, node in abstract.items() for n, leaf in to_tensors(node, address).items()}
-    missing = [n for n in wanted if n not in tensors]
-    extra = [n for n in tensors if n not in wanted and not (other and n.startswith("head/"))]
-    if missing or extra:
-        what = [f"missing {_some(missing)}"] if missing else []
-        what += [f"unexpected {_some(extra)}"] if extra else []
-        raise ValueError(f"{folder}: tensors contradict config.json: {'; '.join(what)}")
-
-    def get(name: str) -> np.ndarray:
-        leaf = wanted[name]
-        array = tensors[name]
-        if array.shape != tuple(leaf.shape):
-            raise ValueError(f"{folder}: {name} has shape {list(array.shape)}, config.json implies {list(leaf.shape)}")
-        if (array.dtype.kind in "iub" and array.dtype != leaf.dtype) or (array.dtype.kind in "iub") != (
-            np.dtype(leaf.dtype).kind in "iub"
-        ):
-            raise ValueError(f"{folder}: {name} has dtype {array.dtype}, config.json implies {leaf.dtype}")
-        return array.astype(leaf.dtype)
-
-    flat = {address: from_tensors(node, address, get) for address, node in abstract.items()}
+    weights = own_weights(folder, config, storage.Tensors(storage.weight_files(folder)), other_head=other)
     source = hf.get("flaxcompress_source", {})
     if not isinstance(source, dict):
         raise ValueError(f"{folder / 'config.json'}: flaxcompress_source must be an object, got {source!r}")
@@ -267,8 +218,7 @@ def _load_own(
         licence=source.get("licence", ""),
         max_length=min(source.get("max_length", config.positions), config.positions),
     )
-    model = Model(params=_device(tree.unflatten(flat)), config=config, assets=assets)
-    return with_head(model, head, classes=classes, key=key) if head is not None and other else model
+    return StoredModel(config, weights, assets), other
 
 
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
@@ -325,13 +275,18 @@ def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None 
     """Writes the model's files into an existing folder; `save` does so atomically."""
     if any(isinstance(n, FakeQuantized) for n in jax.tree.leaves(model.params, is_leaf=_is_fake)):
         raise ValueError("save: the model is in training form; train.freeze_model gives the one to save")
+    storage.write_tensors(folder / storage.WEIGHTS, tensors_of(model))
+    write_companions(model, folder, report=report)
+
+
+def write_companions(model: Model, folder: Path, *, report: Mapping[str, Any] | None = None) -> None:
+    """Writes everything of a model's folder but the weights; the model's params may be abstract."""
     if model.config.head not in _CLASSES:
         log.warning(
             "the head %r is none of flaxcompress's own: PyTorch loads this folder without it (AutoModel, hidden "
             "states); fc.load needs it registered first",
             model.config.head,
         )
-    storage.write_tensors(folder / storage.WEIGHTS, tensors_of(model))
     config = own_config(model)
     code = [f for f in resources.files("flaxcompress.export").iterdir() if re.fullmatch(_CODE, f.name)]
     files: dict[str, str | bytes] = dict(model.assets.files)

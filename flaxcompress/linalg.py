@@ -233,11 +233,21 @@ def shifted_target(
     W* = W + (C' + λI)⁻¹(K - C')W with C' = E[x'ᵀx'] and K = E[x'ᵀx]. Its truncation under C' is reduced-rank regression
     of XW on X' (Izenman 1975). Unshifted inputs leave W as it is; λ is `damping` times the mean eigenvalue of C'.
     """
-    w, c, k = (np.asarray(x, np.float64) for x in (weight, second_moment, cross_moment))
-    ridge = damping * np.trace(c) / len(c)
+    w, n = np.asarray(weight, np.float64), len(second_moment)
+    ridge = damping * np.trace(second_moment, dtype=np.float64) / n
     if not ridge > 0:
         return w
-    return w + np.linalg.solve(c + ridge * np.eye(len(c)), (k - c) @ w)
+    shift = np.array(cross_moment, np.float64)
+    shift -= second_moment
+    shift = shift @ w  # one n×n matrix beside the moments is held at a time
+    return w + np.linalg.solve(with_ridge(second_moment, ridge), shift)
+
+
+def with_ridge(matrix: Float[np.ndarray, "n n"], ridge: float) -> Float[np.ndarray, "n n"]:
+    """A + λI in float64, without an identity matrix beside it."""
+    found = np.array(matrix, np.float64)
+    found.flat[:: len(found) + 1] += ridge
+    return found
 
 
 def row_weighted_svd(

@@ -9,13 +9,15 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 WEIGHTS = "model.safetensors"
+_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_STRETCH = 1 << 24  # bytes copied at a time
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
 
 
@@ -62,45 +64,62 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of one or several safetensors files by name, each read when asked for."""
 
     def __init__(self, files: list[Path]):
-        from safetensors import SafetensorError, safe_open
-
-        self._where: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
         self._path: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             _check_size(path)
-            try:
-                handle = safe_open(path, "numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
-            metadata = handle.metadata() or {}
-            try:
-                self._checksums |= json.loads(metadata.get("flaxcompress.crc32", "{}"))
-            except (json.JSONDecodeError, TypeError):
-                raise ValueError(f"{path}: the checksums in its header are damaged, so the file is") from None
-            for name in handle.keys():  # noqa: SIM118  (not a dict)
-                self._where[name] = handle
-                self._path[name] = path
+            with _opened(path) as handle:
+                metadata = handle.metadata() or {}
+                try:
+                    self._checksums |= json.loads(metadata.get("flaxcompress.crc32", "{}"))
+                except (json.JSONDecodeError, TypeError):
+                    raise ValueError(f"{path}: the checksums in its header are damaged, so the file is") from None
+                for name in handle.keys():  # noqa: SIM118  (not a dict)
+                    self._path[name] = path
+                    self._shapes[name] = tuple(handle.get_slice(name).get_shape())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._path)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return self._shapes[name]
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one tensor. Raises ValueError when it is damaged or holds values that are not finite."""
-        array = self._where[name].get_tensor(name)
+        with _opened(self._path[name]) as handle:
+            array = handle.get_tensor(name)
         if name in self._checksums and checksum(array) != self._checksums[name]:
             raise ValueError(f"{self._path[name]}: tensor {name!r} does not match its checksum: the file is damaged")
-        if array.dtype.kind not in "iub" and not np.isfinite(array.astype(np.float32)).all():
+        return self._finite(name, array)
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Reads some rows of a tensor [V, …], in the order of `ids`; the rest is neither read nor checked."""
+        different, places = np.unique(ids, return_inverse=True)
+        with _opened(self._path[name]) as handle:
+            part = handle.get_slice(name)
+            found = np.concatenate([part[int(i) : int(i) + 1] for i in different])
+        return self._finite(name, found)[places]
+
+    def _finite(self, name: str, array: np.ndarray) -> np.ndarray:
+        if array.dtype.kind not in "iub" and not np.isfinite(array.astype(np.float32, copy=False)).all():
             bad = int((~np.isfinite(array.astype(np.float32))).sum())
             raise ValueError(f"{self._path[name]}: tensor {name!r} holds {bad} values that are not finite")
         return array
+
+
+def _opened(path: Path) -> Any:
+    """An open safetensors file. It is closed after every read: pages of an open one count as the process's memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
 def _check_size(path: Path) -> None:
@@ -146,6 +165,48 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise OSError(str(error)) from None
 
 
+def join_tensors(path: Path, files: Sequence[Path]) -> None:
+    """Writes the tensors of several files that `write_tensors` wrote into one, a stretch at a time.
+
+    Raises ValueError where two of them hold a tensor of one name.
+    """
+    places: list[tuple[str, dict[str, Any], Path, int]] = []
+    sums: dict[str, int] = {}
+    for file in files:
+        with file.open("rb") as source:
+            size = struct.unpack("<Q", source.read(8))[0]
+            header = json.loads(source.read(size))
+        sums |= json.loads(header.pop("__metadata__", {}).get("flaxcompress.crc32", "{}"))
+        places += [(name, entry, file, 8 + size + entry["data_offsets"][0]) for name, entry in header.items()]
+    places.sort(key=lambda place: (-_WIDTHS.get(place[1]["dtype"], 1), place[0]))  # each aligned to its own width
+    joined: dict[str, Any] = {"__metadata__": {"format": "pt", "flaxcompress.crc32": json.dumps(sums)}}
+    end = 0
+    for name, entry, file, _ in places:
+        if name in joined:
+            raise ValueError(f"{file}: tensor {name!r} is in another of the files as well")
+        start, end = end, end + entry["data_offsets"][1] - entry["data_offsets"][0]
+        joined[name] = {**entry, "data_offsets": [start, end]}
+    text = json.dumps(joined).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as target:
+        target.write(struct.pack("<Q", len(text)) + text)
+        for name, _, file, at in places:
+            start, end = joined[name]["data_offsets"]
+            with file.open("rb") as source:
+                source.seek(at)
+                for left in range(end - start, 0, -_STRETCH):
+                    target.write(source.read(min(left, _STRETCH)))
+
+
+def file_checksum(path: Path) -> int:
+    """crc32 of a file's bytes, read a stretch at a time."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(_STRETCH):
+            found = zlib.crc32(part, found)
+    return found
+
+
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raises ValueError when `path` must not be written: it exists and is not empty, or cannot be created."""
     path = Path(path)
@@ -180,6 +241,18 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` that replaces it when the block ends well, and vanishes when it does not."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _finish(folder: Path) -> None:

@@ -58,6 +58,18 @@ def place(address: str) -> Place | None:
     return None if found is None else Place(found[1], int(found[2]), found[3], found[4])
 
 
+def by_layer(addresses: Iterable[str]) -> dict[str, list[str]]:
+    """{"layers/3": its addresses}, in order; before them what stands outside of layers, each address by itself."""
+    outside: dict[str, list[str]] = {}
+    layers: dict[tuple[str, int], list[str]] = {}
+    for address in addresses:
+        if (at := place(address)) is None:
+            outside[address] = [address]
+        else:
+            layers.setdefault((at.stack, at.number), []).append(address)
+    return outside | {f"{stack}layers/{number}": layers[stack, number] for stack, number in sorted(layers)}
+
+
 def run_name(first_set: int) -> str:
     """The key of the run that begins with weight set `first_set`."""
     return f"{first_set:03d}"

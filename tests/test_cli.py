@@ -110,6 +110,8 @@ WRONG = {
     "compress {tiny} --out small --target huge": ["huge", "8x"],
     "compress {tiny} --out small --target 0x": ["0x"],
     "compress {tiny} --out small --target 2x --max-drop 1%": ["--target", "--max-drop", "give one"],
+    "compress {tiny} --out small --low-memory --target 2x": ["--low-memory", "--target", "leave one out"],
+    "compress {tiny} --out small --low-memory": ["needs the whole model", "LowRank", "Quantize"],
     "compress {tiny} --out small --max-drop 1": ["--max-drop", "1%"],
     "compress {tiny} --out small --target 100x": ["cannot be reached", "smallest"],
     "compress {tiny} --out small --mesh data=3": ["data=3", "devices"],

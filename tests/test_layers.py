@@ -729,7 +729,7 @@ def test_walking_layer_by_layer_sees_deltas():
     """Rounding and the like run one layer after the other: they must arrive where the model does."""
     config = ADAPTED["shared-deltas"].replace(pooler=False)
     model = fc.Model(params=random_params(config), config=config)
-    walk = LayerWalk(model, [(IDS, np.ones_like(IDS, bool))])
+    walk = LayerWalk(config, tree.View(model.params), [(IDS, np.ones_like(IDS, bool))])
     stage = next(iter(walk.stages(label="walk")))
     want = model(IDS).last_hidden_state
     np.testing.assert_allclose(walk.outcome(stage, {})[0], want, rtol=0, atol=256 * 4 * EPS * np.abs(want).max())

@@ -45,6 +45,7 @@ ORDER = (
         "model",
         "heads",
         "lexicon",
+        "weights",
         "folder",
         "data",
         "evaluate",

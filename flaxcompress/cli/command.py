@@ -36,6 +36,11 @@ class Verb:
     keeps_memory: ClassVar[bool] = False
     debug: Debug
 
+    @property
+    def saves_memory(self) -> bool:
+        """Whether freed memory goes back to the system at once."""
+        return False
+
     def check(self) -> None:
         """Raises ValueError for settings that are no command; called while the command is parsed."""
 

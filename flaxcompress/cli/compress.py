@@ -48,16 +48,34 @@ class Compress(Verb):
     mesh: Annotated[
         str | None, arg(metavar="AXES", help="spreads statistics and healing over devices, such as data=4")
     ] = None
+    low_memory: Annotated[
+        bool, arg(help="reads the folder layer by layer, one in memory at a time; for recipes of LowRank, Quantize, …")
+    ] = False
     dry_run: Annotated[bool, arg(help="shows the plan and its sizes, and writes nothing")] = False
     overwrite: Overwrite = False
     seed: Annotated[int, arg(metavar="N", help="of everything random")] = 0
     debug: Debug = False
+
+    @property
+    def saves_memory(self) -> bool:
+        return self.low_memory
 
     def check(self) -> None:
         if self.target is not None and self.max_drop is not None:
             raise ValueError("compress: --target and --max-drop exclude each other; give one")
         if self.max_drop is not None and not self.max_drop.strip().endswith("%"):
             raise ValueError(f"compress: --max-drop {self.max_drop!r}: give a share such as 1%")
+
+        given = {
+            "--target": self.target,
+            "--max-drop": self.max_drop,
+            "--heal-steps": self.heal_steps,
+            "--statistics": self.statistics,
+            "--mesh": self.mesh,
+            "--dry-run": self.dry_run or None,
+        }
+        if self.low_memory and (others := [flag for flag, value in given.items() if value is not None]):
+            raise ValueError(f"compress: --low-memory and {others[0]} exclude each other; leave one out")
 
     def run(self) -> Any:
         """Returns the report's table, or the plan's."""
@@ -75,8 +93,10 @@ class Compress(Verb):
         out = absolute(self.out)
         storage.check_output(out, overwrite=self.overwrite)
         check_data(self.data, "compress")
-        model = load(self.model)
         recipe = Recipe.load(self.recipe)
+        if self.low_memory:
+            return self._by_layer(recipe, out)
+        model = load(self.model)
         if (target := self.target or self.max_drop) is not None:
             recipe = recipe.with_target(target, model)
         if self.heal_steps is not None:
@@ -100,6 +120,14 @@ class Compress(Verb):
         shutil.rmtree(work, ignore_errors=True)
         table = report.table()
         return with_caption(table, f"written to {self.out}; {check.outcome}")
+
+    def _by_layer(self, recipe: Any, out: Path) -> Any:
+        from flaxcompress.compress.low_memory import compress_folder
+
+        calibration = None if self.data is None else list(self.data)
+        options = {"calibration": calibration, "work": work_folder(out), "overwrite": self.overwrite}
+        report = compress_folder(self.model, recipe, out, progress=True, **options)
+        return with_caption(report.table(), f"written to {self.out}, layer by layer; not checked in PyTorch")
 
     def _plan(self, model: Any, recipe: Any) -> Any:
         """The plan's table, and below it that of an allocation's choices."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from flaxcompress.cli.command import PROGRAM, Ended, Failure, Verb
 from flaxcompress.cli.parse import parse
-from flaxcompress.cli.process import ask_for_huge_pages, interruptible, keep_freed_memory, quiet
+from flaxcompress.cli.process import ask_for_huge_pages, give_back_memory, interruptible, keep_freed_memory, quiet
 
 OK, FAILED, MISTAKE = 0, 1, 2
 _MISTAKES = (ValueError, TypeError, OSError)  # OSError: a missing file, a full disk: what the message says helps
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISTAKE
     if argv is None and verb.keeps_memory:
         keep_freed_memory()
-    if argv is None and verb.wants_huge_pages:
+    if argv is None and verb.saves_memory:
+        give_back_memory()
+    elif argv is None and verb.wants_huge_pages:
         ask_for_huge_pages()
     status = _run(verb)
     if status in (FAILED, MISTAKE):

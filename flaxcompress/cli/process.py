@@ -45,6 +45,15 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def give_back_memory() -> None:
+    """Hands every large array back to Linux when it is freed.
+
+    glibc otherwise keeps arrays of up to 32 MB for itself once the first of them was freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM is treated like Ctrl-C."""

@@ -9,6 +9,7 @@ from flaxcompress.compress.fold import Fold
 from flaxcompress.compress.heal import Heal
 from flaxcompress.compress.joint_query_key import JointQueryKey
 from flaxcompress.compress.joint_value_output import JointValueOutput
+from flaxcompress.compress.low_memory import compress_folder
 from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.nystrom_feed_forward import NystromFeedForward
 from flaxcompress.compress.quantize import BitsFor, Quantize
@@ -55,6 +56,7 @@ __all__ = [
     "Trim",
     "TrimVocabulary",
     "compress",
+    "compress_folder",
     "known_steps",
     "recipe_names",
     "step_from_json",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,13 +72,8 @@ def _write(path: Path, found: Any) -> None:
     same = {name: names.setdefault(id(array), name) for name, array in arrays.items()}
     stored = {name: np.asarray(arrays[name]) for name in dict.fromkeys(same.values())}
     stored["same"] = np.frombuffer(json.dumps(same).encode(), np.uint8)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        storage.write_tensors(Path(part), stored)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    with storage.new_file(path) as part:
+        storage.write_tensors(part, stored)
 
 
 def _read(path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import linalg, tree
+from flaxcompress.compress.layer_step import Changes, LayerStep, check_walked, unfinished, walked
 from flaxcompress.compress.loss_gradient import loss_gradient
 from flaxcompress.compress.matrix_statistics import check_finite, count_tokens, gather, shrunk, warn_of_few_tokens
 from flaxcompress.compress.metrics import GRADIENTS, INPUTS, METRICS, Statistics
 from flaxcompress.compress.rank_allocation import Ranks, values_of, water_filling, zero_sum
-from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.compress.walk import LayerWalk, walked_kernels
+from flaxcompress.compress.step import Context, register_step
+from flaxcompress.compress.walk import Stage
 from flaxcompress.config import ModelConfig, closest
 from flaxcompress.formats import Format, LowRankSpec, dense, materialize, rank_for
 from flaxcompress.formats import LowRank as LowRankFormat
@@ -43,7 +44,7 @@ def _format(factors: linalg.Factors) -> LowRankFormat:
 
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LowRank(Step):
+class LowRank(LayerStep):
     """Replaces every kernel that `pattern` matches by a product of two factors.
 
     Attributes:
@@ -106,46 +107,83 @@ class LowRank(Step):
         # Allocated ranks are known only from data; they take no more values in all than equal fractions do.
         ranks = self._ranks(abstract_flat(config))
         if self.sequential:
-            self._check_walk(config, ranks)
+            check_walked(config, ranks, "LowRank: sequential")
         for address, rank in ranks.items():
             config = config.with_format(address, LowRankSpec(rank=rank).to_json())
         return config
 
+    def whole(self) -> str:
+        if self.allocation != "uniform":
+            return f"allocation {self.allocation!r} compares all matrices; use uniform"
+        if other := self._metric.needs - {INPUTS}:
+            return f"whitening {self.whitening!r} needs {', '.join(sorted(other))}; use none, pca, asvd or activation"
+        return ""
+
+    def by_layer(self, config: ModelConfig, weights: Mapping[str, Any], context: Context) -> Iterator[Changes]:
+        ranks = self._ranks(abstract_flat(config))
+        for group, fitted in self._fitted(config, weights, context, dict(ranks), {}):
+            yield group, self._noted(fitted, ranks, context)
+
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
-        flat = tree.View(model.params)
+        if context.low_memory:
+            return super().__call__(model, context, key=key)
+        config, flat = model.config, tree.View(model.params)
         ranks: Ranks = dict(self._ranks(flat))
-        weights = {address: np.asarray(materialize(flat[address])) for address in ranks}
-        for address, weight in weights.items():
-            check_finite(weight, f"LowRank: {address}")
         needs = self._metric.needs | ({GRADIENTS} if self.allocation == "gradient" else frozenset())
         if self.sequential:
-            self._check_walk(model.config, ranks)
+            check_walked(config, ranks, "LowRank: sequential")
             needs = needs - {INPUTS} if self.allocation == "uniform" else needs
         statistics = gather(
             model,
             context.need(self) if needs else None,
-            {a: w.shape for a, w in weights.items()},
+            {a: flat[a].shape for a in ranks},
             needs,
             sentences=self.sentences,
             where=self.name,
             progress=context.progress,
         )
         if self.allocation != "uniform":
-            ranks = self._allocated(model, context, ranks, weights, statistics)
-        if self.sequential:
-            fitted = self._sequential(model, context, ranks, weights, statistics)
-        else:
-            fitted = {
-                a: self._metric.factorize(weights[a], r, statistics[a]) for a, r in ranks.items() if r is not None
-            }
+            ranks = self._allocated(model, context, ranks, {a: self._weight(flat, a) for a in ranks}, statistics)
         changes: dict[str, Any] = {}
-        for address, rank in ranks.items():
-            if rank is not None:
-                changes[address] = _format(fitted[address])
-                context.keep_spectrum(address, fitted[address].spectrum, rank)
-            elif isinstance(flat[address], Format):
-                changes[address] = dense(flat[address])
+        for _, fitted in self._fitted(config, flat, context, ranks, statistics):
+            changes |= self._noted(fitted, ranks, context)
+        for address in (a for a, rank in ranks.items() if rank is None and isinstance(flat[a], Format)):
+            changes[address] = dense(flat[address])
         return replace_matrices(model, changes)
+
+    def _weight(self, weights: Mapping[str, Any], address: str) -> np.ndarray:
+        weight = np.asarray(materialize(weights[address]))
+        check_finite(weight, f"LowRank: {address}")
+        return weight
+
+    def _noted(
+        self, fitted: Mapping[str, linalg.Factors], ranks: Mapping[str, int | None], context: Context
+    ) -> dict[str, LowRankFormat]:
+        """The formats of fitted factors, whose spectra the report gets."""
+        for address, factors in fitted.items():
+            rank = ranks[address]
+            assert rank is not None
+            context.keep_spectrum(address, factors.spectrum, rank)
+        return {address: _format(factors) for address, factors in fitted.items()}
+
+    def _fitted(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Any],
+        context: Context,
+        ranks: Ranks,
+        statistics: Mapping[str, Statistics],
+    ) -> Iterator[tuple[str, dict[str, linalg.Factors]]]:
+        """Each group's factors, by the statistics that are given, or those of a walk."""
+        if self.sequential or (INPUTS in self._metric.needs and not statistics):
+            yield from self._by_walk(config, weights, context, ranks, statistics)
+            return
+        for group, addresses in unfinished((a for a, rank in ranks.items() if rank is not None), context):
+            known = {address: statistics.get(address, Statistics()) for address in addresses}
+            yield (
+                group,
+                {a: self._metric.factorize(self._weight(weights, a), ranks[a] or 0, known[a]) for a in addresses},
+            )
 
     def _allocated(
         self,
@@ -180,36 +218,38 @@ class LowRank(Step):
         assert statistics.gradient_moments is not None
         return float(np.trace(statistics.gradient_moments)) / len(statistics.gradient_moments)
 
-    def _sequential(
+    def _by_walk(
         self,
-        model: Model,
+        config: ModelConfig,
+        weights: Mapping[str, Any],
         context: Context,
         ranks: Ranks,
-        weights: Mapping[str, np.ndarray],
         statistics: Mapping[str, Statistics],
-    ) -> dict[str, linalg.Factors]:
-        """Factors of each kernel's nearest product on shifted inputs (`linalg.shifted_target`), stage after stage."""
-        calibration = context.need(self)
-        tokens = count_tokens(calibration, self.sentences)
-        warn_of_few_tokens(tokens, max(n for n, _ in (w.shape for w in weights.values())), self.name)
-        batches = calibration.batches(self.sentences, size=32, pad=model.config.pad_token)
-        walk = LayerWalk(model, batches, follow_original=True)
-        found = {}
-        for stage in walk.stages(label="layers", progress=context.progress):
-            for address in (a for a in stage.addresses if ranks.get(a) is not None):
-                assert stage.cross is not None
-                moments = np.asarray(stage.moments, np.float64)
-                target = linalg.shifted_target(weights[address], moments, np.asarray(stage.cross, np.float64))
-                known = dataclasses.replace(statistics[address], input_moments=shrunk(moments, tokens))
-                rank = ranks[address]
-                assert rank is not None
-                found[address] = self._metric.factorize(target, rank, known)
-                walk.exchanged[address] = _format(found[address])
-        return found
+    ) -> Iterator[tuple[str, dict[str, linalg.Factors]]]:
+        """Factors by the second moments of a walk, held for a layer at a time.
 
-    def _check_walk(self, config: ModelConfig, addresses: Mapping[str, Any]) -> None:
-        if outside := [a for a in addresses if a not in walked_kernels(config)]:
-            raise ValueError(
-                f"LowRank: sequential goes through the layers, and {', '.join(outside[:3])} stand outside; compress "
-                "them by a step of their own"
-            )
+        With `sequential`, each kernel's nearest product on shifted inputs (`linalg.shifted_target`), stage after stage.
+        """
+        check_walked(config, ranks, f"LowRank: {'sequential' if self.sequential else f'whitening {self.whitening!r}'}")
+        shapes = abstract_flat(config)
+        tokens = count_tokens(context.need(self), self.sentences)
+        warn_of_few_tokens(tokens, max(shapes[a].shape[0] for a in ranks), self.name)
+        follow = {"exchanging": self.sequential, "follow_original": self.sequential}
+        walk, groups = walked(self, config, weights, context, sentences=self.sentences, **follow)
+
+        def fit(stage: Stage) -> dict[str, linalg.Factors]:
+            moments, found = np.asarray(stage.moments), {}
+            for address in (a for a in stage.addresses if ranks.get(a) is not None):
+                check_finite(moments, f"LowRank: input_moments of {address}")
+                target = self._weight(weights, address)
+                if stage.cross is not None:
+                    target = linalg.shifted_target(target, moments, np.asarray(stage.cross))
+                own = statistics.get(address, Statistics())
+                known = dataclasses.replace(own, input_moments=shrunk(moments, tokens))
+                found[address] = self._metric.factorize(target, ranks[address] or 0, known)
+                if self.sequential:
+                    walk.exchanged[address] = _format(found[address])
+            return found
+
+        for group, stages in groups:  # nothing of a stage outlives it
+            yield group, {address: factors for found in map(fit, stages) for address, factors in found.items()}

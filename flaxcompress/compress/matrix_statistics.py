@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.metrics import FISHER, GRADIENTS, INPUTS, Statistics
+from flaxcompress.linalg import with_ridge
 from flaxcompress.model import Model
 
 log = logging.getLogger("flaxcompress")
@@ -77,7 +78,7 @@ def shrunk(moment: Float[np.ndarray, "n n"], tokens: int) -> Float[np.ndarray, "
     n = len(moment)
     if tokens >= n:
         return moment
-    return np.asarray(moment, np.float64) + SHRINKAGE * np.trace(moment) / n * np.eye(n)
+    return with_ridge(moment, SHRINKAGE * np.trace(moment) / n)
 
 
 def warn_of_few_tokens(tokens: int, widest: int, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -13,14 +13,15 @@ import jax.numpy as jnp
 
 from flaxcompress import tree
 from flaxcompress.compress.choices import choose
+from flaxcompress.compress.layer_step import Changes, LayerStep, unfinished, walked
 from flaxcompress.compress.rounding import gptq, round_rows
 from flaxcompress.compress.sensitivity import kernel_sensitivities, spec_bytes, spend
-from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.compress.walk import LayerWalk
+from flaxcompress.compress.step import Context, register_step
+from flaxcompress.compress.walk import walked_kernels
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, map_parts, materialize
 from flaxcompress.formats.base import parse_spec, spec_of
-from flaxcompress.model import Model, abstract_flat, replace_matrices
+from flaxcompress.model import Model, abstract_flat
 
 Rounding = Literal["gptq", "mse", "nearest"]
 _TABLES = ("embedding/token", "embedding/position", "embedding/segment")
@@ -65,7 +66,7 @@ class BitsFor:
 
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantize(Step):
+class Quantize(LayerStep):
     """Stores every matrix that `pattern` matches in a few bits.
 
     Attributes:
@@ -162,14 +163,33 @@ class Quantize(Step):
             specs = {b: QuantizedSpec(bits=b, group=self.group, scale_dtype=self.scale_dtype) for b in self.choices}
             losses = kernel_sensitivities(context.original, context.need(self), specs, mixed, progress=context.progress)
             return self._with_bits(choose(losses, sizes, budget, what="bits"))(model, context, key=key)
-        in_layers = [a for a in chosen if a.startswith("layers/")]
-        changes: dict[str, Any] = {}
-        if self.rounding == "gptq" and in_layers:
-            changes = self._sequential(model, context, set(in_layers))
-        for address in chosen:
-            if address not in changes:
-                changes[address] = self._alone(flat[address], self.spec_for(address), table=address in _TABLES)
-        return replace_matrices(model, changes)
+        return super().__call__(model, context, key=key)
+
+    def whole(self) -> str:
+        return "" if self.average_bits is None else "average_bits measures every kernel on the whole model; set bits"
+
+    def by_layer(self, config: ModelConfig, weights: Mapping[str, Any], context: Context) -> Iterator[Changes]:
+        chosen = self._addresses(abstract_flat(config))
+        in_turn = walked_kernels(config) & set(chosen) if self.rounding == "gptq" else set()
+        alone = dict(unfinished([a for a in chosen if a not in in_turn], context))
+
+        def rounded(group: str) -> dict[str, Any]:
+            addresses = alone.pop(group, [])
+            return {a: self._alone(weights[a], self.spec_for(a), table=a in _TABLES) for a in addresses}
+
+        for group in [group for group in alone if tree.place(alone[group][0]) is None]:
+            yield group, rounded(group)
+        if in_turn:
+            walk, groups = walked(self, config, weights, context, sentences=self.sentences)
+            for group, stages in groups:
+                changes = rounded(group)
+                for stage in stages:
+                    for address in (a for a in stage.addresses if a in in_turn):
+                        changes[address] = self._with_moments(weights[address], self.spec_for(address), stage.moments)
+                        walk.exchanged[address] = changes[address]
+                yield group, changes
+        for group in list(alone):
+            yield group, rounded(group)
 
     def _alone(self, node: Any, spec: QuantizedSpec, *, table: bool) -> Any:
         """Quantizes the dense parts of one matrix by themselves; what is quantized already stays."""
@@ -191,17 +211,6 @@ class Quantize(Step):
         if isinstance(node, Format):
             return node
         return compress_matrix(node, spec, table=False, rounding="gptq", moments=moments)
-
-    def _sequential(self, model: Model, context: Context, chosen: set[str]) -> dict[str, Any]:
-        batches = context.need(self).batches(self.sentences, size=32, pad=model.config.pad_token)
-        flat = tree.View(model.params)
-        changes: dict[str, Any] = {}
-        walk = LayerWalk(model, batches)
-        for stage in walk.stages(label="layers", progress=context.progress):
-            for address in (a for a in stage.addresses if a in chosen):
-                changes[address] = self._with_moments(flat[address], self.spec_for(address), stage.moments)
-                walk.exchanged[address] = changes[address]
-        return changes
 
 
 def _quantize_spec(spec: dict[str, Any], quantized: dict[str, Any]) -> dict[str, Any]:

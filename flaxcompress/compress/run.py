@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from flaxcompress.compress.solve import Solution
 from flaxcompress.compress.step import Context
 from flaxcompress.compress.structures import Structure
 from flaxcompress.compress.trim_vocabulary import follow
+from flaxcompress.compress.work import leave_unused, work_folder
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.evaluate import Report, compare_vectors, profile
 from flaxcompress.evaluate.rates import encode_rates
@@ -80,8 +79,8 @@ def compress(
             done.append(entry)
             earlier += max(0.0, entry["seconds"] - (time.perf_counter() - begin))  # steps that an earlier run did
     except ValueError:  # a mistake before anything was finished leaves nothing behind
-        if folder is not None and [p.name for p in folder.iterdir()] == ["run.json"]:
-            shutil.rmtree(folder)
+        if folder is not None:
+            leave_unused(folder)
         raise
     length = min(128, small.config.positions)
     before, after = profile(model, length=length), profile(small, length=length)
@@ -210,10 +209,8 @@ def _run_step(number, step, model: Model, context: Context, key, recipe: Recipe)
 
 
 def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText | None, key) -> Path | None:
-    """The work folder, emptied of another run's state. Raises ValueError for a folder that holds something else."""
     if work is None:
         return None
-    folder = Path(work)
     identity = {
         "model": model_digest(model),
         "assets": model.assets.digest,
@@ -221,19 +218,4 @@ def _work_folder(work, model: Model, recipe: Recipe, text: CalibrationText | Non
         "text": None if text is None else text.digest,
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
-    mark = folder / "run.json"
-    if mark.is_file():
-        with contextlib.suppress(ValueError):  # a damaged mark is another run's
-            if storage.read_json(mark) == json.loads(json.dumps(identity)):
-                return folder
-        log.warning("%s belongs to another run; starting afresh", folder)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is not empty, and not a work folder of an earlier run; name another")
-    for old in (mark, *folder.glob("step-*"), folder / "heal"):  # nothing else: a caller's own files stay
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(identity), "utf-8")
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    return folder
+    return work_folder(work, identity)

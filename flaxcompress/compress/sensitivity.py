@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flaxcompress import tree
 from flaxcompress.compress.answers import Answers
 from flaxcompress.compress.calibrate import Calibration
 from flaxcompress.compress.rounding import round_rows
@@ -37,7 +38,7 @@ def kernel_sensitivities(
     batches = calibration.batches(sentences, size=32, pad=model.config.pad_token, seed=1)
     measured = {b: s for b, s in specs.items() if b <= _MEASURED or _MEASURED not in specs}
     wanted = set(addresses)
-    walk = LayerWalk(model, batches)
+    walk = LayerWalk(model.config, tree.View(model.params), batches)
     answers, found = None, {}
     for stage in walk.stages(label="sensitivity", progress=progress):
         if answers is None:

@@ -31,6 +31,8 @@ class Context:
       healing: filled by healing: {step, loss} entries, for the report.
       layers: the original's layer, counted from 0, whose output each of the model's layers stands for.
       choices: filled by an allocation: {address, choice, kind, bytes, loss} per matrix, for the report.
+      low_memory: gather statistics one layer at a time.
+      finished: {address: matrix} that an earlier run of the same step made, whole layers.
     """
 
     original: Model
@@ -42,6 +44,8 @@ class Context:
     healing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     layers: list[int] = dataclasses.field(default_factory=list)
+    low_memory: bool = False
+    finished: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.layers = self.layers or list(range(self.original.config.layers))

@@ -77,7 +77,7 @@ def structures(
     own = tuple(range(layers))
     if config.decoder is not None or layers < 2 or any(getattr(config.sharing, p) != own for p in config.sharing.parts):
         return
-    walk = LayerWalk(model, answers.batches)
+    walk = LayerWalk(config, tree.View(model.params), answers.batches)
     tie = "tie" in actions and config.deltas is None and not isinstance(config.feed_forward_width, tuple)
     first = 0 if config.first_norm else 1
     singles = [Structure(dropped=(layer,)) for layer in range(first, layers) if "drop" in actions]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
 
 from flaxcompress import linalg, tree
-from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.layer_step import Changes, LayerStep, check_walked, unfinished, walked
+from flaxcompress.compress.step import Context, register_step
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import CPSpec, Decomposed, DecomposedSpec, TensorTrainSpec, TuckerSpec, materialize
 from flaxcompress.formats.tensor_train import balanced_factors
 from flaxcompress.model import Model, abstract_flat, replace_matrices
 from flaxcompress.progress import progress_bar
+
+_SENTENCES = 768  # that inputs are measured on
 
 Kind = Literal["cp", "tucker", "tensor_train"]
 
@@ -72,7 +75,7 @@ def spec_within(kind: Kind, rows: tuple[int, ...], columns: tuple[int, ...], val
 
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tensorize(Step):
+class Tensorize(LayerStep):
     """Replaces every kernel [n, m] that `pattern` matches by factors of the tensor that it is when reshaped.
 
     The inputs are written with `input_modes` digits and the outputs with `output_modes`, in factors as equal as can be:
@@ -150,11 +153,29 @@ class Tensorize(Step):
             config = config.with_format(address, spec.to_json())
         return config
 
+    def by_layer(self, config: ModelConfig, weights: Mapping[str, Any], context: Context) -> Iterator[Changes]:
+        specs = self._specs(abstract_flat(config))
+        if not self.whitened:
+            for group, addresses in unfinished(specs, context):
+                yield group, {a: compress_matrix(_weight(weights, a), specs[a]) for a in addresses}
+            return
+        check_walked(config, specs, "Tensorize: whitened")
+        _, groups = walked(self, config, weights, context, sentences=_SENTENCES, exchanging=False)
+        for group, stages in groups:
+            changes = {}
+            for stage in stages:
+                for address in (a for a in stage.addresses if a in specs):
+                    moments = np.asarray(stage.moments)
+                    changes[address] = compress_matrix(_weight(weights, address), specs[address], moments=moments)
+            yield group, changes
+
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
+        if context.low_memory:
+            return super().__call__(model, context, key=key)
         flat = tree.View(model.params)
         specs, moments = self._specs(flat), {}
         if self.whitened:
-            moments = context.need(self).input_moments(model, progress=context.progress)
+            moments = context.need(self).input_moments(model, sentences=_SENTENCES, progress=context.progress)
             without = [a for a in specs if a.removesuffix("/kernel") not in moments]
             if without:
                 raise ValueError(
@@ -163,7 +184,11 @@ class Tensorize(Step):
         changes = {}
         with progress_bar("tensors", len(specs), show=context.progress) as advance:
             for address, spec in specs.items():
-                weight = np.asarray(materialize(flat[address]))
-                changes[address] = compress_matrix(weight, spec, moments=moments.get(address.removesuffix("/kernel")))
+                moment = moments.get(address.removesuffix("/kernel"))
+                changes[address] = compress_matrix(_weight(flat, address), spec, moments=moment)
                 advance(note=address)
         return replace_matrices(model, changes)
+
+
+def _weight(weights: Mapping[str, Any], address: str) -> np.ndarray:
+    return np.asarray(materialize(weights[address]))

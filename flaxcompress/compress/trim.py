@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 
 from flaxcompress import tree
-from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.layer_step import Changes, LayerStep, gathered, unfinished
+from flaxcompress.compress.step import Context, register_step
 from flaxcompress.config import Linformer, ModelConfig
 from flaxcompress.formats import materialize
-from flaxcompress.model import Model
+from flaxcompress.model import Model, abstract_flat
 
 _PROJECTIONS = r"(.*/)?(key_|value_)?sequence/table"  # of Linformer: they have a row for each position
+_SMALL = (r"embedding/(position|segment)", r".*/(scale|bias)")
 
 
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trim(Step):
+class Trim(LayerStep):
     """Cuts the positions' tables, drops the pooler, and stores small tables and vectors in 16 bits.
 
     Attributes:
@@ -53,28 +56,31 @@ class Trim(Step):
         if self.pooler == "drop":
             config = config.replace(pooler=False)
         if self.dtype is not None:
-            for pattern in (r"embedding/(position|segment)", r".*/(scale|bias)"):
+            for pattern in _SMALL:
                 config = config.with_rule(pattern, {"kind": "dense", "dtype": self.dtype})
         return config
+
+    def by_layer(self, config: ModelConfig, weights: Mapping[str, Any], context: Context) -> Iterator[Changes]:
+        for group, addresses in unfinished(abstract_flat(self.plan(config)), context):
+            yield group, {a: node for a in addresses if (node := self._trimmed(config, weights, a)) is not None}
+
+    def _trimmed(self, config: ModelConfig, weights: Mapping[str, Any], address: str) -> Any:
+        """The matrix at an address after this step; None where that is what it was."""
+        node = None
+        if isinstance(self.positions, int):
+            if address == "embedding/position":
+                node = materialize(weights[address])[: self.positions + config.position_offset]
+            elif re.fullmatch(_PROJECTIONS, address):
+                node = materialize(weights[address])[: self.positions]
+        if self.dtype is not None and any(re.fullmatch(p, address) for p in _SMALL):
+            node = materialize(weights[address] if node is None else node).astype(self.dtype)
+        return node
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         if (resolved := self.resolve(model)) != self:
             return resolved(model, context, key=key)
-        config = self.plan(model.config)
-        view = tree.View(model.params)
-        changes: dict[str, Any] = {}
+        config, view = self.plan(model.config), tree.View(model.params)
+        changes = gathered(self.by_layer(model.config, view, context))
         dropped = [a for a in view if self.pooler == "drop" and a.startswith("pooler/")]
-        if isinstance(self.positions, int):
-            changes["embedding/position"] = materialize(view["embedding/position"])[
-                : self.positions + config.position_offset
-            ]
-            for address in view:
-                if re.fullmatch(_PROJECTIONS, address):
-                    changes[address] = materialize(view[address])[: self.positions]
-        if self.dtype is not None:
-            for address in view.keys() - dropped:
-                if address in ("embedding/position", "embedding/segment") or address.endswith(("/scale", "/bias")):
-                    node = changes.get(address, view[address])
-                    changes[address] = materialize(node).astype(self.dtype)
         assets = dataclasses.replace(model.assets, max_length=min(model.assets.max_length, config.positions))
         return Model(params=tree.replace(model.params, changes, drop=dropped), config=config, assets=assets)

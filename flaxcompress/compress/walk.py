@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +14,18 @@ from jaxtyping import Array, Float
 from flaxcompress import tree
 from flaxcompress.compress.statistics import Batch, moments_of, same_input
 from flaxcompress.config import ModelConfig, Sets
-from flaxcompress.encoding import compute_dtype, lookup
+from flaxcompress.encoding import compute_dtype
 from flaxcompress.formats import dense
-from flaxcompress.model import Model
 from flaxcompress.nn import INPUTS, Context, Layer
 from flaxcompress.nn.attention_kinds import attention_kind
 from flaxcompress.nn.deltas import layer_variables
 from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
+from flaxcompress.weights import table_rows
 
 _Linear = tuple[str, str]  # part and name of a linear map
+_TOKEN = "embedding/token"
+_FIRST = ("embedding/", "relative_bias/", "sequence/")  # what the first layer's input is made of
 
 
 def stages_of(config: ModelConfig) -> list[tuple[_Linear, ...]]:
@@ -65,46 +67,87 @@ class Stage(NamedTuple):
 class LayerWalk:
     """Walks batches through the layers: every layer is one program, whatever its formats, run on dense weights.
 
+    What a layer takes is let go of when no later layer uses it, so that of weights that are read when they are asked
+    for (`flaxcompress.weights`) one layer is held at a time.
+
     Attributes:
       exchanged: {address: matrix [n, m] in any format} used in the model's stead; assign to exchange one from here on.
       masks: the batches' masks [B, T].
 
     Args:
+      weights: {address: matrix}, of a model in memory (`tree.View`) or of its files.
       follow_original: walk the model as it is beside the exchanged one, for the stages' `cross`: twice the time, and
         twice the memory of a layer's states.
+      made: {address: matrix} that an earlier walk exchanged.
+      passed: kernels that need no stage.
     """
 
-    def __init__(self, model: Model, batches: list[Batch], *, follow_original: bool = False):
-        self._config = model.config.replace(formats=())  # one structure for all layers
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Any],
+        batches: Sequence[Batch],
+        *,
+        follow_original: bool = False,
+        made: Mapping[str, Any] | None = None,
+        passed: Container[str] = (),
+    ):
+        self._config = config.replace(formats=())  # one structure for all layers
         self._dtype = compute_dtype()
-        self._weights = tree.View(model.params)
+        self._weights = weights
+        self._made, self._passed = {} if made is None else made, passed
         self._sliced: dict[str, Any] = {}
         self.exchanged: dict[str, Any] = {}
         self.masks = [jnp.asarray(mask) for _, mask in batches]
-        first = [self._first(model, ids, mask) for (ids, _), mask in zip(batches, self.masks, strict=True)]
+        outside = {a: weights[a] for a in weights if a.startswith(_FIRST) and a != _TOKEN}
+        first = [self._first(outside, ids, mask) for (ids, _), mask in zip(batches, self.masks, strict=True)]
         self._states, self._contexts = [x for x, _ in first], [context for _, context in first]
         self._originals = list(self._states) if follow_original else None
         self._tokens = float(sum(mask.sum() for _, mask in batches))
 
-    def _first(self, model: Model, ids: np.ndarray, mask: jax.Array) -> tuple[jax.Array, Context]:
-        vectors = lookup(model.params["embedding"]["token"], ids.reshape(-1)).reshape(*ids.shape, -1)
-        return first_input(model.params, jnp.asarray(ids), self._config, self._dtype, mask, vectors)
+    def _first(self, outside: Mapping[str, Any], ids: np.ndarray, mask: jax.Array) -> tuple[jax.Array, Context]:
+        rows = table_rows(self._weights, _TOKEN, np.asarray(ids).reshape(-1))
+        params = tree.nest({**outside, _TOKEN: rows})  # in the table's place, which is not looked into
+        vectors = jnp.asarray(rows).reshape(*ids.shape, -1)
+        return first_input(params, jnp.asarray(ids), self._config, self._dtype, mask, vectors)
 
     def stages(self, *, label: str, progress: bool = False) -> Iterator[Stage]:
         """Every stage of every layer in order; what is exchanged at a weight set's first use holds at later ones."""
+        for _, stages in self.by_layer(label=label, progress=progress):
+            yield from stages
+
+    def by_layer(self, *, label: str, progress: bool = False) -> Iterator[tuple[int, Iterator[Stage]]]:
+        """Each layer that has stages, and these, to be gone through before the next layer is asked for."""
         seen: set[str] = set()
         with progress_bar(label, self._config.layers, show=progress) as advance:
             for number in range(self._config.layers):
+                wanted = {}
                 for stage in stages_of(self._config):
                     addresses = tuple(self._address(number, part, f"{name}/kernel") for part, name in stage)
-                    if not seen.issuperset(addresses):
+                    if not seen.issuperset(addresses) and not all(a in self._passed for a in addresses):
                         seen.update(addresses)
-                        name = "/".join(stage[0])
-                        yield Stage(number, addresses, self._moments(number, name), self._cross(number, name))
+                        wanted["/".join(stage[0])] = addresses
+                if wanted:
+                    yield number, self._stages(number, wanted)
                 self._step(self._states, self._params(number), number)
                 if self._originals is not None:
                     self._step(self._originals, self._params(number, exchanged=False), number)
+                self._let_go(number)
                 advance()
+
+    def _stages(self, number: int, wanted: Mapping[str, tuple[str, ...]]) -> Iterator[Stage]:
+        for name, addresses in wanted.items():
+            yield Stage(number, addresses, self._moments(number, name), self._cross(number, name))
+
+    def _let_go(self, number: int) -> None:
+        """Forgets what a layer took and no later one takes."""
+        for part in self._config.sharing.parts:
+            sets = getattr(self._config.sharing, part)
+            if sets[number] not in sets[number + 1 :]:
+                prefix = self._address(number, part, "")
+                for held in (self._sliced, self.exchanged):
+                    for address in [a for a in held if a.startswith(prefix)]:
+                        del held[address]
 
     def _step(self, states: list[jax.Array], params: Any, number: int) -> None:
         for i in range(len(states)):  # one by one, so that only one batch is held twice
@@ -129,11 +172,16 @@ class LayerWalk:
 
     def kernel(self, address: str) -> Float[Array, "n m"]:
         """The dense matrix at an address, as exchanged."""
-        if address in self.exchanged:
-            self._sliced.pop(address, None)
-            return dense(self.exchanged[address])
+        for exchanged in (self.exchanged, self._made):
+            if address in exchanged:
+                if self._originals is None:
+                    self._sliced.pop(address, None)
+                return dense(exchanged[address])
+        return self._original(address)
+
+    def _original(self, address: str) -> Float[Array, "n m"]:
         if address not in self._sliced:
-            self._sliced[address] = dense(self._weights[address])
+            self._sliced[address] = jnp.asarray(dense(self._weights[address]))
         return self._sliced[address]
 
     def _address(self, layer: int, part: str, rest: str) -> str:
@@ -142,7 +190,7 @@ class LayerWalk:
     def _matrix(self, address: str, changes: Mapping[str, Any] | None, exchanged: bool) -> Float[Array, "n m"]:
         if changes and address in changes:
             return dense(changes[address])
-        return self.kernel(address) if exchanged else dense(self._weights[address])
+        return self.kernel(address) if exchanged else self._original(address)
 
     def _params(
         self, layer: int, changes: Mapping[str, Any] | None = None, *, exchanged: bool = True

@@ -40,6 +40,8 @@ class Report:
         causal models also "kl_per_token", the mean divergence of the next token from the original's.
       encoded_per_second: {"before", "after"}, texts that `encode` gets through, of interleaved rounds; or None.
       steps: [{"name", "params", "bytes", "seconds"}], sizes after the step.
+      layers: [{"layer", "seconds", "bytes"}] of a run that went layer by layer on disk, sizes at the end; "layer" is
+        "layers/0", …, or the address of a matrix outside of layers.
       seconds: of the whole run, finished steps of an interrupted one included.
       parts: {"before": [...], "after": [...]}, the parts of `Profile.to_json`.
       spectra: [{"address", "singular_values", "rank"}] of factorized matrices; rank None where all was kept.
@@ -58,6 +60,7 @@ class Report:
     fidelity: Mapping[str, Any] | None = None
     encoded_per_second: Mapping[str, float] | None = None
     steps: Sequence[Mapping[str, Any]] = ()
+    layers: Sequence[Mapping[str, Any]] = ()
     seconds: float = 0.0
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
     parts: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -143,6 +146,7 @@ class Report:
 
 _ROWS = {
     "steps": ("name", "params", "bytes", "seconds"),
+    "layers": ("layer", "seconds", "bytes"),
     "spectra": ("address", "singular_values", "rank"),
     "healing": ("step", "loss"),
     "choices": ("address", "choice", "kind", "bytes", "loss"),
