@@ -124,7 +124,8 @@ class Quantize(Step):
     def _mixed(self, addresses: list[str]) -> list[str]:
         """The kernels whose bits are chosen by `average_bits`."""
         overridden = [o.pattern for o in self.overrides]
-        return [a for a in addresses if a.startswith("layers/") and not any(re.fullmatch(p, a) for p in overridden)]
+        walked = [a for a in addresses if (at := tree.place(a)) and not at.stack and at.part != BASES]
+        return [a for a in walked if not any(re.fullmatch(p, a) for p in overridden)]
 
     def _choice_sizes(self, flat: Mapping[str, Any], addresses: list[str]) -> tuple[dict[str, dict[int, int]], int]:
         """Bytes of every choice, and the bytes that `average_bits` allows in all."""
@@ -199,8 +200,14 @@ class Quantize(Step):
         walk = LayerWalk(model, batches)
         for stage in walk.stages(label="layers", progress=context.progress):
             for address in (a for a in stage.addresses if a in chosen):
-                changes[address] = self._with_moments(flat[address], self.spec_for(address), stage.moments)
-                walk.exchanged[address] = changes[address]
+                node = flat[address]
+                if is_on_basis(node):
+                    changes |= self._on_basis(model, address, changes, chosen, stage.moments)
+                    basis = basis_address(model.config, address)
+                    walk.exchanged[address] = changes[address].replace(left=changes.get(basis, flat[basis]))
+                else:
+                    changes[address] = self._with_moments(node, self.spec_for(address), stage.moments)
+                    walk.exchanged[address] = changes[address]
         return changes
 
 

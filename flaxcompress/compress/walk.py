@@ -19,6 +19,7 @@ from flaxcompress.formats import dense
 from flaxcompress.model import Model
 from flaxcompress.nn import INPUTS, Context, Layer
 from flaxcompress.nn.attention_kinds import attention_kind
+from flaxcompress.nn.bases import Whole
 from flaxcompress.nn.deltas import layer_variables
 from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
@@ -77,7 +78,7 @@ class LayerWalk:
     def __init__(self, model: Model, batches: list[Batch], *, follow_original: bool = False):
         self._config = model.config.replace(formats=())  # one structure for all layers
         self._dtype = compute_dtype()
-        self._weights = tree.View(model.params)
+        self._weights = Whole(model.config, tree.View(model.params))
         self._sliced: dict[str, Any] = {}
         self.exchanged: dict[str, Any] = {}
         self.masks = [jnp.asarray(mask) for _, mask in batches]
