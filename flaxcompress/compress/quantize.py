@@ -21,6 +21,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, map_parts, materialize
 from flaxcompress.formats.base import parse_spec, spec_of
 from flaxcompress.model import Model, abstract_flat, replace_matrices
+from flaxcompress.nn.bases import BASES, basis_address, is_on_basis
 
 Rounding = Literal["gptq", "mse", "nearest"]
 _TABLES = ("embedding/token", "embedding/position", "embedding/segment")
@@ -185,10 +186,7 @@ class Quantize(Step):
         """Quantizes one kernel by GPTQ; of a low-rank one the factors in turn."""
         if isinstance(node, LowRank):
             left = self._with_moments(node.left, spec, moments)
-            inner = materialize(left)  # the right factor reads x·left
-            return LowRank(
-                left=left, right=self._with_moments(node.right, spec, inner.T @ jnp.asarray(moments) @ inner)
-            )
+            return LowRank(left=left, right=self._with_moments(node.right, spec, _behind(left, moments)))
         if isinstance(node, Format):
             return node
         return compress_matrix(node, spec, table=False, rounding="gptq", moments=moments)
@@ -201,14 +199,24 @@ class Quantize(Step):
         for stage in walk.stages(label="layers", progress=context.progress):
             for address in (a for a in stage.addresses if a in chosen):
                 node = flat[address]
-                if is_on_basis(node):
-                    changes |= self._on_basis(model, address, changes, chosen, stage.moments)
+                if is_on_basis(node):  # the basis is rounded at its first use
                     basis = basis_address(model.config, address)
-                    walk.exchanged[address] = changes[address].replace(left=changes.get(basis, flat[basis]))
+                    if basis in chosen and basis not in changes:
+                        changes[basis] = self._with_moments(flat[basis], self.spec_for(basis), stage.moments)
+                    left = changes.get(basis, flat[basis])
+                    right = self._with_moments(node.right, self.spec_for(address), _behind(left, stage.moments))
+                    changes[address] = LowRank(left=node.left, right=right)
+                    walk.exchanged[address] = LowRank(left=left, right=right)
                 else:
                     changes[address] = self._with_moments(node, self.spec_for(address), stage.moments)
                     walk.exchanged[address] = changes[address]
         return changes
+
+
+def _behind(left: Any, moments: Any) -> Any:
+    """The second moment of what the right factor reads, x·left."""
+    inner = materialize(left)
+    return inner.T @ jnp.asarray(moments) @ inner
 
 
 def _quantize_spec(spec: dict[str, Any], quantized: dict[str, Any]) -> dict[str, Any]:
