@@ -196,6 +196,7 @@ def test_folders_load_here_and_in_pytorch(name, group, tmp_path):
         assert check_folder(model, fc.export(model, tmp_path / "stock", format="torch-dense")) <= 1e-4
 
 
+@pytest.mark.slow
 def test_rounding_comes_after():
     """Bases and coefficients by GPTQ, the coefficients on what the rounded basis gives."""
     model = halved()
@@ -250,7 +251,7 @@ LLAMA = FAMILIES["llama"]
     [
         (LLAMA.replace(feed_forward_width=(8, 8, 8, 12)), fc.ShareBasis(READING, keep=0.5), "24×8 and .* 24×12: .*uneq"),
         (LLAMA, fc.ShareBasis(READING, keep=0.5, rank=3), "give either rank or keep"),
-        (LLAMA, fc.ShareBasis(READING, rank=20), "rank 20 would enlarge a 24×48 matrix; use rank <= 15"),
+        (LLAMA, fc.ShareBasis(READING, rank=20), "key/kernel: rank 20 would enlarge a 24×24 matrix; use rank <= 11"),
         (LLAMA, fc.ShareBasis("layers/[012]/attention/query/kernel", keep=0.5), "leaves out attention/query of layer 3"),
         (LLAMA, fc.ShareBasis("layers/[01]/attention/query/kernel", keep=0.5), "reaches no kernel of layer 2"),
         (LLAMA, fc.ShareBasis("layers/./attention/querry/kernel", keep=0.5), "matches no parameter.*did you mean"),
@@ -296,6 +297,11 @@ def test_what_cannot_share(config, step, message):
             lambda: abstract_flat(LLAMA.replace(sharing=fc.Sharing(**dict.fromkeys(
                 ("attention", "feed_forward", "norms"), (0, 1, 2, 3)), bases=(0, 0, 0, 0)))),
             "no kernel of layers stands on set 0",
+        ),
+        (
+            lambda: abstract_flat(fc.ShareBasis(READING, keep=0.5).plan(LLAMA).with_rule(
+                "layers/.*/query/kernel", {"kind": "low_rank", "rank": 3, "left": {"kind": "basis"}})),
+            "layers/0/bases/attention/query/kernel: a basis stands on none itself",
         ),
     ],
 )  # fmt: skip

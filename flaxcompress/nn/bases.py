@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import Basis, LowRank, Spec, spec_for, spec_of
+from flaxcompress.formats import Basis, BasisSpec, LowRank, LowRankSpec, Spec, spec_for, spec_of
 from flaxcompress.nn.initializer import kernel_initializer
 
 BASES = "bases"
@@ -105,7 +105,7 @@ class _Wanted(NamedTuple):
 def _structure(config: ModelConfig, view: tree.View, number: int, prefix: str) -> tuple[_Wanted, ...]:
     """What weight set `number` holds, as the kernels of the layers that use it leave room for.
 
-    Raises ValueError for layers that leave different room, and for a set that no kernel stands on.
+    Raises ValueError for layers that leave different room, a set that no kernel stands on, and a basis on a basis.
     """
     found: dict[str, _Wanted] = {}
     for layer in [layer for layer, used in enumerate(config.sharing.bases) if used == number]:
@@ -114,7 +114,9 @@ def _structure(config: ModelConfig, view: tree.View, number: int, prefix: str) -
             if at is None or getattr(config.sharing, at.part)[layer] != at.number:
                 continue
             path = f"{at.part}/{at.path}"
-            spec = spec_for(config, f"{prefix}layers/{number}/{BASES}/{path}")
+            basis = f"{prefix}layers/{number}/{BASES}/{path}"
+            if isinstance(spec := spec_for(config, basis), LowRankSpec) and isinstance(spec.left, BasisSpec):
+                raise ValueError(f"{basis}: a basis stands on none itself; let the format's pattern leave it out")
             wanted = _Wanted(path, *node.left.shape, node.shape[1], spec)
             if found.setdefault(path, wanted) != wanted:
                 raise ValueError(
