@@ -134,8 +134,8 @@ class ShareBasis(Step):
         name, first = path.removesuffix("/kernel"), next(iter(members.values()))
         if without := [layer for layer in layers if layer not in members]:
             raise ValueError(
-                f"ShareBasis: layers {layers[0]} to {layers[-1]} are a group, but the pattern leaves out {name} of layer "
-                f"{without[0]}; let it match all of a group or none"
+                f"ShareBasis: layers {layers[0]} to {layers[-1]} are a group, but the pattern leaves out {name} of "
+                f"layer {without[0]}; let it match all of a group or none"
             )
         for address in members.values():
             if (here := flat[address].shape) != (shape := flat[first].shape):
@@ -169,8 +169,8 @@ class ShareBasis(Step):
             )
         if not old.sharing.bases and (without := set(each) - used):
             raise ValueError(
-                f"ShareBasis: the pattern reaches no kernel of layer {min(without) * self.group}; use LowRank where only "
-                "some layers are to be compressed"
+                f"ShareBasis: the pattern reaches no kernel of layer {min(without) * self.group}; use LowRank where "
+                "only some layers are to be compressed"
             )
         new = old.replace(sharing=dataclasses.replace(old.sharing, bases=each))
         return config.replace(decoder=new) if stack else new

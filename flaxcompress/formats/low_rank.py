@@ -58,7 +58,7 @@ def rank_for(shape: tuple[int, int], rank: int | None, keep: float | None, allow
 
 @flax.struct.dataclass
 class LowRank(Format):
-    """The rank-R matrix left · right; a table's rows are looked up in `left`, which may be a `Basis` of several layers."""
+    """The rank-R matrix left · right; a table's rows are looked up in `left`, which may be a `Basis`."""
 
     left: Any
     right: Any
