@@ -72,6 +72,7 @@ from flaxcompress.compress import (
     JointValueOutput,
     LowRank,
     NystromFeedForward,
+    ShareBasis,
     Step,
 )
 from flaxcompress.compress.statistics import dense_model
@@ -89,6 +90,15 @@ TEXTS = 200  # held-out docstrings
 
 def low_rank(**settings: Any) -> Any:
     return lambda model, keep: [LowRank(KERNELS, keep=keep, sentences=SENTENCES, **settings)]
+
+
+def shared(**settings: Any) -> Any:
+    """Bases of neighbouring layers' maps that read the residual stream, the others by themselves, as in the paper."""
+    into, out = r"layers/\d+/(.*/(query|key|value|up|gate))/kernel", r"layers/\d+/(.*/(output|down))/kernel"
+    return lambda model, keep: [
+        ShareBasis(into, keep=keep, sentences=SENTENCES, **settings),
+        LowRank(out, keep=keep, sentences=SENTENCES),
+    ]
 
 
 def heads(model: fc.Model, keep: float) -> list[Step]:
@@ -134,6 +144,8 @@ METHODS = {
     "FWSVD": low_rank(whitening="fisher"),
     "ASVD": low_rank(whitening="asvd"),
     "whitened": low_rank(),
+    "shared bases": shared(refit=False),
+    "shared bases, refitted": shared(),
     "two-sided": low_rank(whitening="two_sided"),
     "whitened, in sequence": low_rank(sequential=True),
     "two-sided, in sequence": low_rank(whitening="two_sided", sequential=True),

@@ -63,6 +63,8 @@ SHARINGS = ("all", "sequence", "cycle", "attention")
 
 def structures():
     """{name: config}, but for families, which need torch to be drawn."""
+    import dataclasses
+
     import flaxcompress as fc
     from flaxcompress.config import Linformer, Nystrom
     from flaxcompress.config.format_rule import FormatRule
@@ -77,6 +79,9 @@ def structures():
         out[name] = config.replace(layers=4, sharing=sharing)
     out["all-low_rank"] = out["all"].replace(formats=rules["low_rank"])
     out["all-deltas"] = out["all"].replace(deltas=fc.Deltas(rank=4))
+    on_basis = {"kind": "low_rank", "rank": 4, "left": {"kind": "basis"}}
+    two = dataclasses.replace(fc.Sharing.own(4), bases=(0, 0, 1, 1))
+    out["bases"] = config.replace(layers=4, sharing=two).with_rule(r"layers/\d+/\w+/(query|up|down)/kernel", on_basis)
     out["linformer"] = config.replace(attention=Linformer(length=4))
     out["nystrom"] = config.replace(attention=Nystrom(landmarks=4, convolution=3))
     out["kernels"] = config.replace(projection_kernel=3, feed_forward_kernel=3)

@@ -29,6 +29,7 @@ from flaxcompress.compress import (
     Quantize,
     SeparableConvolutions,
     Share,
+    ShareBasis,
     Tensorize,
     TensorTrainEmbedding,
     TierSetting,
@@ -161,6 +162,8 @@ STEPS |= {
     "share-weighted-residual": Share(map=(0, 0), initializer="weighted", residual_rank=3),
     "share-mean": Share(map="pairs", parts=("feed_forward",), initializer="mean"),
     "share-random": Share(map="sequence", sets=1, parts=("attention",), initializer="random"),
+    "share_basis-activation": ShareBasis(KERNELS, keep=0.5),
+    "share_basis-none": ShareBasis(FEED_FORWARD, rank=6, whitening="none"),
 }
 # Addresses whose matrices a step gives other values though their shapes stay.
 REWRITTEN = {
@@ -173,7 +176,7 @@ CERTAIN = [name for name in STEPS if not any(word in name for word in ("bytes", 
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
 SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-2-nearest"}
 SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential"}
-SLOW |= {"share-mean", "share-random"}
+SLOW |= {"share-mean", "share-random", "share_basis-none"}
 SLOW |= {"tensorize-tucker", "tensorize-paired", "tensorize-cp-cut"}
 SLOW |= {"latent-none"}
 SLOW |= {"joint-query-key"}

@@ -17,6 +17,7 @@ from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.run import compress
 from flaxcompress.compress.separable_convolutions import SeparableConvolutions
 from flaxcompress.compress.share import Share
+from flaxcompress.compress.share_basis import ShareBasis
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
 from flaxcompress.compress.tensor_train_embedding import TensorTrainEmbedding
 from flaxcompress.compress.tensorize import Tensorize
@@ -46,6 +47,7 @@ __all__ = [
     "Recipe",
     "SeparableConvolutions",
     "Share",
+    "ShareBasis",
     "Step",
     "TensorTrainEmbedding",
     "Tensorize",

@@ -22,6 +22,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, map_parts, materialize
 from flaxcompress.formats.base import parse_spec, spec_of
 from flaxcompress.model import Model, abstract_flat
+from flaxcompress.nn.bases import BASES, basis_address, is_on_basis
 
 Rounding = Literal["gptq", "mse", "nearest"]
 _TABLES = ("embedding/token", "embedding/position", "embedding/segment")
@@ -125,7 +126,8 @@ class Quantize(LayerStep):
     def _mixed(self, addresses: list[str]) -> list[str]:
         """The kernels whose bits are chosen by `average_bits`."""
         overridden = [o.pattern for o in self.overrides]
-        return [a for a in addresses if a.startswith("layers/") and not any(re.fullmatch(p, a) for p in overridden)]
+        walked = [a for a in addresses if (at := tree.place(a)) and not at.stack and at.part != BASES]
+        return [a for a in walked if not any(re.fullmatch(p, a) for p in overridden)]
 
     def _choice_sizes(self, flat: Mapping[str, Any], addresses: list[str]) -> tuple[dict[str, dict[int, int]], int]:
         """Bytes of every choice, and the bytes that `average_bits` allows in all."""
@@ -169,9 +171,11 @@ class Quantize(LayerStep):
         return "" if self.average_bits is None else "average_bits measures every kernel on the whole model; set bits"
 
     def by_layer(self, config: ModelConfig, weights: Mapping[str, Any], context: Context) -> Iterator[Changes]:
-        chosen = self._addresses(abstract_flat(config))
+        flat = abstract_flat(config)
+        chosen = self._addresses(flat)
         in_turn = walked_kernels(config) & set(chosen) if self.rounding == "gptq" else set()
-        alone = dict(unfinished([a for a in chosen if a not in in_turn], context))
+        bases = {basis_address(config, a) for a in in_turn if is_on_basis(flat[a])} & set(chosen)
+        alone = dict(unfinished([a for a in chosen if a not in in_turn | bases], context))
 
         def rounded(group: str) -> dict[str, Any]:
             addresses = alone.pop(group, [])
@@ -180,13 +184,25 @@ class Quantize(LayerStep):
         for group in [group for group in alone if tree.place(alone[group][0]) is None]:
             yield group, rounded(group)
         if in_turn:
+            rounded_bases: dict[str, Any] = {}
             walk, groups = walked(self, config, weights, context, sentences=self.sentences)
             for group, stages in groups:
                 changes = rounded(group)
                 for stage in stages:
                     for address in (a for a in stage.addresses if a in in_turn):
-                        changes[address] = self._with_moments(weights[address], self.spec_for(address), stage.moments)
-                        walk.exchanged[address] = changes[address]
+                        node, spec = weights[address], self.spec_for(address)
+                        if is_on_basis(node):
+                            basis = basis_address(config, address)
+                            if basis in bases and basis not in rounded_bases:  # at its first use
+                                made = self._with_moments(weights[basis], self.spec_for(basis), stage.moments)
+                                changes[basis] = rounded_bases[basis] = made
+                            left = rounded_bases.get(basis, weights[basis])
+                            right = self._with_moments(node.right, spec, _behind(left, stage.moments))
+                            changes[address] = node.replace(right=right)
+                            walk.exchanged[address] = LowRank(left=left, right=right)
+                        else:
+                            changes[address] = self._with_moments(node, spec, stage.moments)
+                            walk.exchanged[address] = changes[address]
                 yield group, changes
         for group in list(alone):
             yield group, rounded(group)
@@ -204,13 +220,16 @@ class Quantize(LayerStep):
         """Quantizes one kernel by GPTQ; of a low-rank one the factors in turn."""
         if isinstance(node, LowRank):
             left = self._with_moments(node.left, spec, moments)
-            inner = materialize(left)  # the right factor reads x·left
-            return LowRank(
-                left=left, right=self._with_moments(node.right, spec, inner.T @ jnp.asarray(moments) @ inner)
-            )
+            return LowRank(left=left, right=self._with_moments(node.right, spec, _behind(left, moments)))
         if isinstance(node, Format):
             return node
         return compress_matrix(node, spec, table=False, rounding="gptq", moments=moments)
+
+
+def _behind(left: Any, moments: Any) -> Any:
+    """The second moment of what the right factor reads, x·left."""
+    inner = materialize(left)
+    return inner.T @ jnp.asarray(moments) @ inner
 
 
 def _quantize_spec(spec: dict[str, Any], quantized: dict[str, Any]) -> dict[str, Any]:

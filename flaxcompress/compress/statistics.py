@@ -23,6 +23,7 @@ from flaxcompress.encoding import compute_dtype, pool
 from flaxcompress.formats import dense, take
 from flaxcompress.model import Model
 from flaxcompress.nn import GRADIENT_MOMENT
+from flaxcompress.nn.bases import BASES, Whole, merge_bases
 from flaxcompress.nn.transformer import run
 from flaxcompress.progress import progress_bar
 from flaxcompress.text import Pooling
@@ -39,8 +40,9 @@ _SAME_INPUT = {
 
 def dense_model(model: Model) -> Model:
     """The same function with every matrix dense float32."""
-    params = tree.update(model.params, lambda _, node: dense(node))
-    return model.replace(params=params, config=model.config.replace(formats=()))  # pyright: ignore[reportAttributeAccessIssue]
+    config, params = merge_bases(model.config, model.params)
+    params = tree.update(params, lambda _, node: dense(node))
+    return model.replace(params=params, config=config.replace(formats=()))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def same_input(config: ModelConfig) -> dict[str, str]:
@@ -85,7 +87,7 @@ def input_moments(model: Model, batches: Sequence[Batch], *, progress: bool = Fa
                 address = f"layers/{number}/{part}/{linear}"
                 value = np.asarray(stacked[i]) / tokens
                 moments[address] = moments[address] + value if address in moments else value
-    for address in tree.select(tree.View(model.params), r"layers/.*/kernel"):
+    for address in tree.select(Whole(config, tree.View(model.params)), r"layers/.*/kernel"):
         *layer, part, linear, _ = address.split("/")
         if read := same_input(config).get(f"{part}/{linear}"):
             moments["/".join([*layer, part, linear])] = moments["/".join([*layer, read])]
@@ -164,7 +166,7 @@ def _taps(params: Any) -> dict[tuple[str, str, str], Float[Array, "S m m"]]:
     """{(part, run, path of a linear map): zeros for each of the run's weight sets}."""
     found = {}
     for part, runs in params["layers"].items():
-        for name, stacked in runs.items():
+        for name, stacked in runs.items() if part != BASES else ():
             sets = tree.run_length(stacked)
             for path, node in tree.walk(stacked, ""):
                 if path.endswith("/kernel"):

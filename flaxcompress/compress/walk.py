@@ -18,6 +18,7 @@ from flaxcompress.encoding import compute_dtype
 from flaxcompress.formats import dense
 from flaxcompress.nn import INPUTS, Context, Layer
 from flaxcompress.nn.attention_kinds import attention_kind
+from flaxcompress.nn.bases import Whole
 from flaxcompress.nn.deltas import layer_variables
 from flaxcompress.nn.transformer import first_input
 from flaxcompress.progress import progress_bar
@@ -94,7 +95,7 @@ class LayerWalk:
     ):
         self._config = config.replace(formats=())  # one structure for all layers
         self._dtype = compute_dtype()
-        self._weights = weights
+        self._weights = Whole(config, weights) if config.sharing.bases else weights
         self._made, self._passed = {} if made is None else made, passed
         self._sliced: dict[str, Any] = {}
         self.exchanged: dict[str, Any] = {}

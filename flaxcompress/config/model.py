@@ -17,7 +17,7 @@ from flaxcompress.config.names import closest, reject_unknown
 from flaxcompress.config.part import part_reader
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
-from flaxcompress.config.sharing import Sharing, read_sharing
+from flaxcompress.config.sharing import SUBLAYERS, Sharing, read_sharing
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 NORMS = ("layer", "rms")
@@ -292,6 +292,7 @@ class ModelConfig:
             object.__setattr__(self, "sharing", Sharing.own(self.layers))
         self._check_feed_forward_width()
         self._check_deltas()
+        self._check_bases()
         if len(self.sharing.attention) != self.layers:
             raise ValueError(f"sharing: the maps have {len(self.sharing.attention)} entries for {self.layers} layers")
         object.__setattr__(self, "formats", tuple(self.formats))
@@ -322,6 +323,16 @@ class ModelConfig:
                     f"sharing/deltas: set {number} is used by layers whose feed_forward_width differs: "
                     f"{widths[number]} and {width}"
                 )
+
+    def _check_bases(self) -> None:
+        for part in SUBLAYERS:
+            found: dict[int, int] = {}
+            for number, basis in zip(getattr(self.sharing, part), self.sharing.bases, strict=False):
+                if found.setdefault(number, basis) != basis:
+                    raise ValueError(
+                        f"sharing/bases: layers that share set {number} of {part} need the same bases, but have "
+                        f"{found[number]} and {basis}"
+                    )
 
     def _check_decoder(self) -> None:
         if (self.head == "seq2seq_lm") != (self.decoder is not None and self.head != "none"):

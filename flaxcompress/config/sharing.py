@@ -10,7 +10,7 @@ from flaxcompress.config.named_sharing import named_maps
 from flaxcompress.config.names import reject_unknown
 
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
-PARTS = (*SUBLAYERS, "norms", "deltas")
+PARTS = (*SUBLAYERS, "norms", "deltas", "bases")
 _ALWAYS = ("attention", "feed_forward", "norms")
 _NAMED = ("name", "sets", "norms", "cross_attention")
 
@@ -23,6 +23,7 @@ class Sets(NamedTuple):
     feed_forward: int = 0
     norms: int = 0
     deltas: int = 0
+    bases: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Sharing:
     """Which weight set each of the L layers uses, part by part; a part that layers do not have has an empty map.
 
     A map such as (0, 1, 0, 1) stores two sets and uses each twice. Sets are numbered in order of
-    first use, so a map of distinct numbers means that every layer owns its part.
+    first use, so a map of distinct numbers means that every layer owns its part. `bases` holds the left factors that
+    low-rank kernels of several layers have in common (see `formats/basis.py`).
     """
 
     attention: tuple[int, ...]
@@ -38,6 +40,7 @@ class Sharing:
     norms: tuple[int, ...]
     cross_attention: tuple[int, ...] = ()
     deltas: tuple[int, ...] = ()
+    bases: tuple[int, ...] = ()
 
     @classmethod
     def own(cls, layers: int, *, cross_attention: bool = False) -> Sharing:

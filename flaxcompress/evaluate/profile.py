@@ -28,17 +28,19 @@ _PARTS = (  # the first full match decides; what matches none is `REST`
     ("attention", r"layers/\d+/attention/.*/(kernel|taps|table)|sequence/table"),
     ("feed_forward", r"layers/\d+/feed_forward/.*/(kernel|taps)"),
     ("deltas", r"layers/\d+/deltas/.*"),
+    ("bases", r"layers/\d+/bases/.*"),
     ("decoder attention", r"decoder/layers/\d+/attention/.*/(kernel|taps)"),
     ("decoder cross-attention", r"decoder/layers/\d+/cross_attention/.*/kernel"),
     ("decoder feed_forward", r"decoder/layers/\d+/feed_forward/.*/(kernel|taps)"),
     ("decoder deltas", r"decoder/layers/\d+/deltas/.*"),
+    ("decoder bases", r"decoder/layers/\d+/bases/.*"),
     (REST, r"(decoder/)?(layers/.*|embedding/.*|final_norm/.*)"),
     ("relative positions", r"(decoder/)?relative_bias/.*"),
     ("pooler", r"pooler/.*"),
     ("head", r"head/.*"),
 )
-# What `core_flops` counts: it is not multiplied with every token.
-_IN_CORE = r"(.*/)?(key_|value_)?sequence/table|.*/attention/convolution/taps"
+# What `core_flops` counts, since it is not multiplied with every token; and bases, which the kernels on them count.
+_NOT_HERE = r"(.*/)?(key_|value_)?sequence/table|.*/attention/convolution/taps|.*/bases/.*"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +191,7 @@ def part_of(address: str) -> str:
 
 
 def _flops(config: ModelConfig, address: str, node: Any, length: int) -> float:
-    if len(node.shape) != 2 or re.fullmatch(_IN_CORE, address):
+    if len(node.shape) != 2 or re.fullmatch(_NOT_HERE, address):
         return 0.0
     if re.fullmatch(r"(decoder/)?(embedding/(token|position|segment)|relative_bias/table)", address):
         return take_flops(node)

@@ -66,6 +66,11 @@ def dense(spec, shape, table):
     return nn.Parameter(torch.zeros(shape, dtype=stored(spec.get("dtype", "float32"))))
 
 
+def basis(spec, shape, table):
+    """A left factor that stands elsewhere: whoever multiplies by the whole gives it."""
+    return None
+
+
 class LowRank(nn.Module):
     """W = left @ right, [n, R] · [R, m], never multiplied out; each factor in a format of its own."""
 
@@ -75,8 +80,8 @@ class LowRank(nn.Module):
         self.left = build(spec.get("left"), (n, spec["rank"]), table)
         self.right = build(spec.get("right"), (spec["rank"], m), False)
 
-    def forward(self, x):
-        return matmul(matmul(x, self.left), self.right)
+    def forward(self, x, basis=None):
+        return matmul(matmul(x, self.left if basis is None else basis), self.right)
 
     def attend(self, x):
         return attend(attend(x, self.right), self.left)
@@ -423,6 +428,7 @@ class Tucker(Modes):
 KINDS = {
     "dense": dense,
     "low_rank": LowRank,
+    "basis": basis,
     "quantized": Quantized,
     "banded": Banded,
     "bucketed": Bucketed,

@@ -49,7 +49,7 @@ class Network:
         self.attention = attention_kind(structure)()
         self.cross_attention = CrossAttention()
         self.kernels = {}  # {address of a linear map: (n, m)}
-        self.deltas = None  # the address of the running layer's deltas
+        self.deltas = self.bases = None  # the addresses of the running layer's deltas and bases
         self._declare()
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -84,6 +84,8 @@ class Network:
                 self.add_norm(f"layers/{number}/norms/{name}", width)
         for number in sets.get("deltas", ()):
             self._declare_deltas(number, c["sharing"]["deltas"].index(number))
+        for layer, number in enumerate(c["sharing"].get("bases", ())):
+            self._declare_bases(number, layer)
         if c["final_norm"]:
             self.add_norm("final_norm", width)
         if c["pooler"]:
@@ -134,10 +136,23 @@ class Network:
                     if deltas.get("bias") and hasattr(self.root, f"{self.prefix}{address}/bias"):
                         self.add_vector(f"layers/{number}/deltas/{target}/bias", m)
 
+    def _declare_bases(self, number, layer):
+        """The left factors that a layer's kernels leave out."""
+        c = self.structure
+        for part in SUBLAYERS:
+            base = f"layers/{c['sharing'][part][layer]}/" if part in c["sharing"] else None
+            for address, (n, _) in list(self.kernels.items()):
+                spec, path = self._spec(f"{address}/kernel") or {}, address.removeprefix(base or "/")
+                shared = base and path.startswith(f"{part}/") and (spec.get("left") or {}).get("kind") == "basis"
+                if shared and not self.has(f"layers/{number}/bases/{path}/kernel"):
+                    self._add(f"layers/{number}/bases/{path}/kernel", (n, spec["rank"]))
+
+    def _spec(self, address):
+        """The format of the matrix at an address."""
+        return next((spec for pattern, spec in self.formats if re.fullmatch(pattern, self.prefix + address)), None)
+
     def _add(self, address, shape, table=False):
-        address = self.prefix + address
-        spec = next((spec for pattern, spec in self.formats if re.fullmatch(pattern, address)), None)
-        setattr(self.root, address, build(spec, shape, table))
+        setattr(self.root, self.prefix + address, build(self._spec(address), shape, table))
 
     def add_table(self, address, rows, width):
         """An embedding table."""
@@ -174,9 +189,11 @@ class Network:
 
     def linear(self, x, address):
         """x @ kernel + bias, [*B, n] -> [*B, m]; the bias may be absent."""
-        y = matmul(x, self.weight(f"{address}/kernel"))
+        kernel, path = self.weight(f"{address}/kernel"), address.split("/", 2)[-1]
+        shared = getattr(kernel, "left", kernel) is None
+        y = kernel(x, self.weight(f"{self.bases}/{path}/kernel")) if shared else matmul(x, kernel)
         y = y + self.weight(f"{address}/bias").to(x.dtype) if self.has(f"{address}/bias") else y
-        delta = f"{self.deltas}/{address.split('/', 2)[-1]}"
+        delta = f"{self.deltas}/{path}"
         if self.deltas is None or not self.has(f"{delta}/down"):
             return y
         deltas = self.structure["deltas"]
@@ -363,7 +380,7 @@ class Network:
             at = {part: f"layers/{sets[layer]}/{part}" for part, sets in c["sharing"].items()}
             local = c["local"][layer]
             kept = None if past is None else (past, layer)
-            self.deltas = at.get("deltas")
+            self.deltas, self.bases = at.get("deltas"), at.get("bases")
             rate = c["layer_dropout"] * (layer + 1) / c["layers"]
             x, *probabilities = self.layer(
                 x, at, seen._replace(mask=masks[local], turn=turns[local], past=kept), need_attentions, rate
@@ -371,7 +388,7 @@ class Network:
             states.append(x)
             attentions.append(probabilities[0])
             crossed.append(probabilities[1])
-        self.deltas = None
+        self.deltas = self.bases = None
         if c["final_norm"]:
             x = states[-1] = self.norm(x, "final_norm")
         return States(

@@ -1,4 +1,4 @@
-"""Low-rank deltas multiplied out, for readers that know none."""
+"""Low-rank deltas multiplied out, and bases put back into kernels, for readers that know neither."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flaxcompress import tree
 from flaxcompress.config import SUBLAYERS, ModelConfig
 from flaxcompress.formats import materialize, spec_of
 from flaxcompress.model import Model
+from flaxcompress.nn import bases
 
 
 def merge_deltas(model: Model) -> Model:
@@ -23,6 +24,12 @@ def merge_deltas(model: Model) -> Model:
         decoder, flat = _merge_stack(config.decoder.replace(formats=config.formats), flat, "decoder/")
         config = config.replace(decoder=decoder.replace(formats=()), formats=decoder.formats)
     return model.replace(params=tree.unflatten(flat), config=config)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def merge_bases(model: Model) -> Model:
+    """A model that computes the same without bases of several layers: every kernel on one has a copy."""
+    config, params = bases.merge_bases(model.config, model.params)
+    return model.replace(params=params, config=config)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _merge_stack(config: ModelConfig, flat: tree.Flat, stack: str) -> tuple[ModelConfig, tree.Flat]:

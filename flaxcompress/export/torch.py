@@ -17,7 +17,7 @@ from flaxcompress import storage, tree
 from flaxcompress.config import GENERATING, HEADS, ModelConfig
 from flaxcompress.encoding import pool, sentence_vectors
 from flaxcompress.export.code import NAME, check_code
-from flaxcompress.export.merge import merge_deltas
+from flaxcompress.export.merge import merge_bases, merge_deltas
 from flaxcompress.export.quiet import quiet_transformers
 from flaxcompress.families import FAMILIES
 from flaxcompress.families.base import Names, write_tensors
@@ -98,7 +98,7 @@ def export_dense(model: Model, out: str | Path, *, overwrite: bool = False) -> P
 
 def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """The config without formats and sharing, and {the family's tensor name: float32 array} of a stock checkpoint."""
-    model = merge_deltas(model)
+    model = merge_deltas(merge_bases(model))
     flat = tree.flatten(model.params)
     family = FAMILIES[model.config.family]
     _check_stock(model.config)

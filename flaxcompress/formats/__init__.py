@@ -23,6 +23,7 @@ from flaxcompress.formats.base import (
     take_flops,
     to_tensors,
 )
+from flaxcompress.formats.basis import Basis, BasisSpec
 from flaxcompress.formats.bucketed import Bucketed, BucketedSpec, Tier
 from flaxcompress.formats.cp import CP, CPSpec
 from flaxcompress.formats.decomposed import Decomposed, DecomposedSpec
@@ -37,6 +38,8 @@ __all__ = [
     "CP",
     "Banded",
     "BandedSpec",
+    "Basis",
+    "BasisSpec",
     "Bucketed",
     "BucketedSpec",
     "CPSpec",

@@ -27,6 +27,7 @@ from flaxcompress.formats.base import (
     take,
     take_flops,
 )
+from flaxcompress.formats.basis import Basis
 
 
 def break_even_rank(n: int, m: int) -> int:
@@ -57,7 +58,7 @@ def rank_for(shape: tuple[int, int], rank: int | None, keep: float | None, allow
 
 @flax.struct.dataclass
 class LowRank(Format):
-    """The rank-R matrix left · right; a table's rows are looked up in `left`."""
+    """The rank-R matrix left · right; a table's rows are looked up in `left`, which may be a `Basis`."""
 
     left: Any
     right: Any
@@ -72,13 +73,16 @@ class LowRank(Format):
         return self.left.shape[-1]
 
     def parts(self):
-        return (Part(self.left, table=True), Part(self.right, table=False))
+        right = Part(self.right, table=False)
+        return (right,) if isinstance(self.left, Basis) else (Part(self.left, table=True), right)
 
     def with_parts(self, nodes):
-        left, right = nodes
-        return LowRank(left=left, right=right)
+        *left, right = nodes
+        return LowRank(left=left[0] if left else self.left, right=right)
 
     def part_targets(self, dense):
+        if isinstance(self.left, Basis):
+            return [None]
         right = np.asarray(materialize(self.right), np.float64)
         left = np.asarray(dense, np.float64) @ np.linalg.pinv(right)
         return [left.astype(np.float32), right.astype(np.float32)]

@@ -18,6 +18,7 @@ from flaxcompress import tree
 from flaxcompress.config import SUBLAYERS, ModelConfig
 from flaxcompress.formats import spec_for
 from flaxcompress.formats.base import vector_init
+from flaxcompress.nn.bases import BASES, put_on_bases
 from flaxcompress.nn.linear import DELTAS
 
 
@@ -47,5 +48,6 @@ def init_deltas(config: ModelConfig, key: jax.Array, address: str, layer: Mappin
 
 def layer_variables(params: Mapping[str, Any]) -> dict[str, Any]:
     """The collections that `Layer.apply` takes, from one layer's parameters part by part."""
+    params = put_on_bases(params) if BASES in params else params
     own = {part: weights for part, weights in params.items() if part != DELTAS}
     return {"params": own, DELTAS: params[DELTAS]} if DELTAS in params else {"params": own}

@@ -87,6 +87,8 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
+        if self.is_initializing():  # nothing is multiplied: a basis is not there yet
+            return jnp.zeros((*x.shape[:-1], self.features), x.dtype)
         y = multiplied(lambda x, kernel: matmul(x, self.used(kernel, x.dtype)), x, self.kernel)
         return self.finished(x, y if self.bias is None else y + self.bias.astype(x.dtype))
 

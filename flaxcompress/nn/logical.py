@@ -68,6 +68,8 @@ def matrix_axes(address: str) -> tuple[str | None, str | None]:
         rows, columns = _MAPS.get(name, _REST)
         if place.part == "deltas":
             return {"down": (rows, "rank"), "up": ("rank", columns)}.get(last, (rows, columns))
+        if place.part == "bases":
+            return rows, "rank"
         return rows, columns
     return next((axes for pattern, axes in _ELSEWHERE if re.fullmatch(pattern, address)), _REST)
 

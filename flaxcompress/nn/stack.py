@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig, Sets
 from flaxcompress.nn.add_norm import norm_names
+from flaxcompress.nn.bases import BASES, init_bases
 from flaxcompress.nn.cache import LayerCache, laid_out, stored
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.deltas import init_deltas, layer_variables
@@ -96,6 +97,9 @@ def init_layers(config: ModelConfig, key: jax.Array, prefix: str = "") -> dict[s
     layers: dict[str, Any] = {}
     for index, part in enumerate(PARTS):
         if part not in config.sharing.parts:
+            continue
+        if part == BASES:  # the last one: its shapes are those that kernels leave room for
+            layers[part] = init_bases(config, jax.random.fold_in(key, index), layers, prefix)
             continue
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, index)))
         runs = [
