@@ -4,8 +4,10 @@ import types
 
 import numpy as np
 import pytest
+from tiny_models import make_model, words
 
 from flaxcompress import progress
+from flaxcompress.train.report import TrainReport
 from flaxcompress.train.schedule import SCHEDULES, make_schedule
 from flaxcompress.train.watch import ShapedBatches, Watcher, _note
 
@@ -63,6 +65,25 @@ def test_a_rate_that_never_changes():
     rates = make_schedule("constant", peak=0.5, steps=3, warmup=0)
     Watcher(metrics, ShapedBatches(iter(())), None, rates=rates, steps=3)(3, {"loss": 1.0})
     assert found == [0.5]
+
+
+def test_a_line_of_several_steps_has_all_their_time():
+    """With lines that are rare the times still add up, refused steps are counted, and the last step has a line."""
+    rows = []
+    metrics = types.SimpleNamespace(write=lambda step, values: rows.append({"step": step, **values}))
+    rates = make_schedule("constant", peak=0.5, steps=8, warmup=0)
+    watcher = Watcher(metrics, ShapedBatches(iter(())), None, rates=rates, steps=8, every=3)
+    for step in (1, 2, 3, 4, 5, 4, 5, 6, 7, 8):  # after 5 the run went back to 3
+        taken = {"seconds": float(step), "waiting": 0.5, "saving": 0.25}
+        watcher(step, {"loss": 10.0 - step, "accepted": float(step not in (2, 4)), **taken})
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    assert [row["seconds"] for row in rows] == [6, 15, 15]
+    assert [row["waiting"] for row in rows] == [1.5, 1.5, 1.0] and [row["loss"] for row in rows] == [7, 4, 2]
+    model = make_model(words(8), width=16, layers=1, feed_forward_width=32)
+    config = {"task": {"name": "causal_lm"}}
+    report = TrainReport.of(model, rows, config=config, devices="1 × cpu")
+    assert (report.seconds, report.refused, report.steps) == (36, 2, 8)
+    np.testing.assert_allclose((report.waiting, report.saving), (4.0 / 36, 2.0 / 36))
 
 
 def test_images_are_counted_beside_the_bar():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 FILE = "metrics.jsonl"
+TIMES = ("seconds", "waiting", "saving")  # values that add up over steps
 
 
 class Sink(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,9 +14,9 @@ from flaxcompress.config.yaml_file import dump_yaml
 from flaxcompress.evaluate import html, plots, versions
 from flaxcompress.evaluate.profile import profile
 from flaxcompress.model import Model
+from flaxcompress.train.metrics import TIMES
 
 _PREFIX = "validation/"
-_TIMES = ("seconds", "waiting", "saving")
 _MOST_ROWS = 2000  # of a curve in report.json; metrics.jsonl has all
 
 
@@ -67,7 +68,7 @@ class TrainReport:
             curve=_thinned([{n: v for n, v in row.items() if not n.startswith(_PREFIX)} for row in rows]),
             evaluations=_evaluations(metrics),
             steps=rows[-1]["step"] if rows else 0,
-            refused=sum(row.get("accepted") == 0 for row in rows),
+            refused=_refused(rows),
             seconds=total,
             waiting=_share(rows, "waiting", total),
             saving=_share(rows, "saving", total),
@@ -91,7 +92,7 @@ class TrainReport:
 
     def last(self) -> dict[str, Any]:
         """The values at the end: of the last step, and of the last evaluation."""
-        found = {n: v for n, v in (self.curve[-1] if self.curve else {}).items() if n not in (*_TIMES, "step")}
+        found = {n: v for n, v in (self.curve[-1] if self.curve else {}).items() if n not in (*TIMES, "step")}
         measured = self.evaluations[-1] if self.evaluations else {}
         return found | {f"{_PREFIX}{n}": v for n, v in measured.items() if n != "step"}
 
@@ -136,6 +137,13 @@ def figure(name: str, value: float | None) -> str:
 
 def _sum(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(sum(row.get(name) or 0.0 for row in rows))
+
+
+def _refused(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Steps that changed nothing; a row tells the share of those since the row before that changed something."""
+    ends = [0, *(row["step"] for row in rows)]
+    counts = [end - start for start, end in itertools.pairwise(ends)]
+    return round(sum(n * (1 - row.get("accepted", 1)) for n, row in zip(counts, rows, strict=True)))
 
 
 def _share(rows: Sequence[Mapping[str, Any]], name: str, total: float) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import optax
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.data.batches import Batches
-from flaxcompress.train.metrics import Metrics
+from flaxcompress.train.metrics import TIMES, Metrics
 from flaxcompress.train.throughput import BatchShape, Throughput, step_flops
 
 
@@ -47,7 +47,8 @@ class Watcher:
       metrics: None on processes that write nothing.
       rates: the learning rate by step.
       steps: of the run; all rates are found at the start, since on a device they would wait for the running step.
-      every: steps between lines; evaluations are always written.
+      every: steps between lines; the last step and evaluations are always written. A line's values are those of its
+        step, but its times are of all steps since the line before, and "accepted" is their mean.
       peak: FLOP/s of one device; None: MFU is not told.
     """
 
@@ -65,6 +66,7 @@ class Watcher:
     ):
         self._metrics, self._batches, self._every = metrics, batches, every
         self._rates = np.broadcast_to(np.asarray(rates(np.arange(steps))), (steps,))
+        self._since: list[tuple[int, Mapping[str, float]]] = []  # the steps since the last line
         flops = functools.lru_cache(maxsize=64)(lambda shape: step_flops(model, shape, teacher=teacher))
         self._throughput = Throughput(flops=flops, peak=peak, devices=jax.device_count())
 
@@ -73,12 +75,23 @@ class Watcher:
         if "loss" in values:
             if self._batches.shape is not None and "seconds" in values:
                 found |= self._throughput.after(values["seconds"], self._batches.shape)
-            if step % self._every:
+            self._since = [earlier for earlier in self._since if earlier[0] < step]  # a run may go back
+            self._since.append((step, values))
+            if step % self._every and step < len(self._rates):
                 return _note(found)
+            found |= _together([each for _, each in self._since])
+            self._since = []
             found["learning_rate"] = float(self._rates[step - 1])
         if self._metrics is not None:
             self._metrics.write(step, found)
         return _note(found)
+
+
+def _together(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What a line says of several steps."""
+    sums = {name: sum(each.get(name, 0.0) for each in steps) for name in TIMES if name in steps[-1]}
+    accepted = [each["accepted"] for each in steps if "accepted" in each]
+    return sums | ({"accepted": sum(accepted) / len(accepted)} if accepted else {})
 
 
 def _note(found: Mapping[str, float]) -> str:
