@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def main() -> None:
     runs = {run.name: kept(run) for run in options.runs}
     measured = [json.loads(file.read_text("utf-8")) for file in options.measured]
     text = json.dumps({"runs": runs, "measured": measured}, indent=1, ensure_ascii=False)
+    if folder := os.environ.get("FLAXCOMPRESS_DATA"):  # as the settings had it
+        text = text.replace(folder.rstrip("/"), "${FLAXCOMPRESS_DATA}")
     (RESULTS / f"{options.name}.json").write_text(text + "\n", "utf-8")
     draw(runs, RESULTS / f"{options.name}.png")
 
