@@ -75,7 +75,7 @@ def test_every_format_has_a_case():
             yield from kinds(child) if child else ()
 
     tried = {kind for specs in sharded.FORMATS.values() for spec in specs.values() for kind in kinds(spec)}
-    assert tried == set(base._KINDS)
+    assert tried | {"basis"} == set(base._KINDS)  # a basis has no case of its own: the structure "bases" holds it
     assert set(AXES) == {axis for mesh in sharded.MESHES for axis in parse_mesh(mesh)}
 
 
@@ -166,7 +166,8 @@ def test_every_leaf_has_its_axes(name):
         for leaf, names in zip(jax.tree.leaves(node), jax.tree.leaves(axes), strict=True):
             assert len(names) == len(leaf.shape), address
             found.update(names)
-        if spec_for(config, address).kind == "dense" and address.endswith("attention/query/kernel"):
+        is_query = place is not None and (place.part, place.path) == ("attention", "query/kernel")
+        if is_query and spec_for(config, address).kind == "dense":
             assert axes == P("embed", "heads")
     assert found >= {"embed"}
 

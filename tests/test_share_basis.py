@@ -215,7 +215,7 @@ def test_rounding_comes_after():
 
 def test_walking_layer_by_layer_sees_bases():
     model = halved()
-    walk = LayerWalk(model, [(IDS, np.ones_like(IDS, bool))])
+    walk = LayerWalk(model.config, tree.View(model.params), [(IDS, np.ones_like(IDS, bool))])
     stage = next(iter(walk.stages(label="walk")))
     want = model(IDS).last_hidden_state
     np.testing.assert_allclose(walk.outcome(stage, {})[0], want, rtol=0, atol=256 * 4 * EPS * np.abs(want).max())

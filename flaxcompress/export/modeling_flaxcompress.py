@@ -30,6 +30,10 @@ from .flaxcompress_attention import KINDS as _ATTENTION  # noqa: F401  (transfor
 from .flaxcompress_formats import attend, matmul, take
 from .flaxcompress_network import Network
 
+# What outputs and `generate` call the keys and values kept: transformers renamed them in 5.24.
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+_CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
+
 logger = logging.get_logger(__name__)
 
 
@@ -133,7 +137,7 @@ class FlaxCompressModel(PreTrainedModel):
         out = self.decoder_network(target, target_mask, past=past, **seen, **need)
         return Seq2SeqModelOutput(
             last_hidden_state=out.last_hidden_state,
-            past_key_values=past,
+            **{_CACHE: past},
             decoder_hidden_states=out.hidden_states,
             decoder_attentions=out.attentions,
             cross_attentions=out.cross_attentions,
@@ -324,6 +328,7 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         past_key_values=None,
         labels=None,
         use_cache=None,
+        cache=None,
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
@@ -332,9 +337,10 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         **unused,
     ):
         """[B, T] token ids -> logits [B, T, V]; with labels, also the mean loss of predicting each token."""
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        need = (output_hidden_states, output_attentions, position_ids, past_key_values)
+        past = past_key_values if cache is None else cache
+        if use_cache and past is None:
+            past = DynamicCache()
+        need = (output_hidden_states, output_attentions, position_ids, past)
         out = self.encode(input_ids, attention_mask, None, *need, features=feature_ids)
         x: torch.Tensor = out.last_hidden_state  # type: ignore
         x = x[:, -logits_to_keep:] if logits_to_keep else x
@@ -343,7 +349,7 @@ class FlaxCompressForCausalLM(FlaxCompressModel, GenerationMixin):
         out = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
+            **{_CACHE: past},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
@@ -430,6 +436,7 @@ class FlaxCompressForConditionalGeneration(FlaxCompressModel, GenerationMixin):
         past_key_values=None,
         labels=None,
         use_cache=None,
+        cache=None,
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
@@ -446,10 +453,11 @@ class FlaxCompressForConditionalGeneration(FlaxCompressModel, GenerationMixin):
             decoder_input_ids = torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], 1)
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids: the decoder needs target ids [B, T], or labels")
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        past = past_key_values if cache is None else cache
+        if use_cache and past is None:
+            past = EncoderDecoderCache(DynamicCache(), DynamicCache())
         source, target = (input_ids, attention_mask), (decoder_input_ids, decoder_attention_mask)
-        out = self.translate(*source, *target, encoder_outputs, past_key_values, **need)
+        out = self.translate(*source, *target, encoder_outputs, past, **need)
         logits = self.vocabulary_logits(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         rest = {name: value for name, value in out.items() if name != "last_hidden_state"}
