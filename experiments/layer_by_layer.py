@@ -15,8 +15,8 @@ in float32, its second moments once, and 2 GB.
 
 Result (`layer_by_layer.json`; 2 layers of 51.4M parameters beside tables of 131M, so not yet 1B; one core, of which
 other work left about a quarter): a peak of 2.07 GB against a bound of 2.49 GB (layer 206 MB, statistics 177 MB). The
-killed process reached 2.05 GB, the one that went on 2.07 GB. A layer takes about 75 s of the core (270 s of the clock
-there), 17 of them some 25 minutes; the tables and heads take 4 s more.
+killed process reached 2.05 GB, the one that went on 2.07 GB. The start and the first layer took 73 s of the core,
+the whole of both runs 189 s; 17 layers should take some 20 minutes of it.
 """
 
 from __future__ import annotations
