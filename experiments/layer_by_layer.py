@@ -13,9 +13,10 @@ in float32, its second moments once, and 2 GB.
 
 `--layers 2` is a quick look: the peak depends on one layer, and hardly on how many there are.
 
-Result, 2026-11-30, JAX 0.10.2, two layers (234M parameters, `--layers 2`; all 17 were not run yet), on two cores that
-were busy with other work: at most 2.07 GB, of 2.49 GB allowed (layer 206 MB, statistics 177 MB); killed after 297 s and
-resumed; 271 s a layer on the clock, about 60 s of a core's time; 935 MB in float32 became 211 MB.
+Result, 2026-11-30, JAX 0.10.2 (2 layers of 51.4M parameters beside tables of 131M, so not yet 1B; one core, of which
+other work left about a quarter): a peak of 2.07 GB against a bound of 2.49 GB (layer 206 MB, statistics 177 MB). The
+killed process reached 2.05 GB, the one that went on 2.07 GB. The start and the first layer took 73 s of the core, the
+whole of both runs 189 s. 935 MB in float32 became 211 MB.
 """
 
 from __future__ import annotations
