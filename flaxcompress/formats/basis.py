@@ -9,7 +9,7 @@ the layer runs.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar
 
 import flax.struct
 
@@ -33,13 +33,27 @@ class Basis(Format):
     def axes(self, rows, columns):
         return self
 
-    def _missing(self, *_: Any) -> NoReturn:
-        raise ValueError(
-            "a kernel on a basis that layers share has no values of its own: let this step come before ShareBasis; a "
-            "format written by hand needs a map of bases in sharing"
-        )
+    def matmul(self, x):
+        raise _missing()
 
-    matmul = attend = take = materialize = select = _missing
+    def attend(self, x):
+        raise _missing()
+
+    def take(self, ids):
+        raise _missing()
+
+    def materialize(self):
+        raise _missing()
+
+    def select(self, ids, axis):
+        raise _missing()
+
+
+def _missing() -> ValueError:
+    return ValueError(
+        "a kernel on a basis that layers share has no values of its own: let this step come before ShareBasis; a "
+        "format written by hand needs a map of bases in sharing"
+    )
 
 
 @register
