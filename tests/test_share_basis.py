@@ -128,7 +128,7 @@ def test_on_a_trained_model_the_error_is_the_tail_and_full_rank_its_logits(data_
             # The root of the metric takes what rounding made negative as zero.
             atol += max(0.0, -np.linalg.eigvalsh(total)[0]) * sum((w**2).sum() for w in weights)
             assert abs(error(weights, found, [total] * 2) - tail) <= atol
-    step = fc.ShareBasis(READING, rank=64, whitening="none", allow_larger=True)
+    step = fc.ShareBasis(READING, rank=64, group=5, whitening="none", allow_larger=True)
     whole = step(model, Context(original=model), key=jax.random.key(0))
     got, want = (m(rows[:2]).logits for m in (whole, model))
     np.testing.assert_allclose(got, want, rtol=0, atol=model.config.layers * 4 * 64 * EPS * np.abs(want).max())
