@@ -117,8 +117,7 @@ def _structure(config: ModelConfig, view: tree.View, number: int, prefix: str) -
             basis = f"{prefix}layers/{number}/{BASES}/{path}"
             if isinstance(spec := spec_for(config, basis), LowRankSpec) and isinstance(spec.left, BasisSpec):
                 raise ValueError(f"{basis}: a basis stands on none itself; let the format's pattern leave it out")
-            n, rank = node.left.shape
-            wanted = _Wanted(path, n, rank, node.shape[1], spec)
+            wanted = _Wanted(path, node.left.rows, node.left.rank, node.shape[1], spec)
             if found.setdefault(path, wanted) != wanted:
                 raise ValueError(
                     f"{prefix}{address}: a basis {list(node.left.shape)} for {node.shape[1]} features, but another "
