@@ -65,7 +65,6 @@ class Compress(Verb):
             raise ValueError("compress: --target and --max-drop exclude each other; give one")
         if self.max_drop is not None and not self.max_drop.strip().endswith("%"):
             raise ValueError(f"compress: --max-drop {self.max_drop!r}: give a share such as 1%")
-
         given = {
             "--target": self.target,
             "--max-drop": self.max_drop,

@@ -191,18 +191,18 @@ class Quantize(LayerStep):
                 for stage in stages:
                     for address in (a for a in stage.addresses if a in in_turn):
                         node, spec = weights[address], self.spec_for(address)
-                        if is_on_basis(node):
-                            basis = basis_address(config, address)
-                            if basis in bases and basis not in rounded_bases:  # at its first use
-                                made = self._with_moments(weights[basis], self.spec_for(basis), stage.moments)
-                                changes[basis] = rounded_bases[basis] = made
-                            left = rounded_bases.get(basis, weights[basis])
-                            right = self._with_moments(node.right, spec, _behind(left, stage.moments))
-                            changes[address] = node.replace(right=right)
-                            walk.exchanged[address] = LowRank(left=left, right=right)
-                        else:
+                        if not is_on_basis(node):
                             changes[address] = self._with_moments(node, spec, stage.moments)
                             walk.exchanged[address] = changes[address]
+                            continue
+                        basis = basis_address(config, address)
+                        if basis in bases and basis not in rounded_bases:  # at its first use
+                            made = self._with_moments(weights[basis], self.spec_for(basis), stage.moments)
+                            changes[basis] = rounded_bases[basis] = made
+                        left = rounded_bases.get(basis, weights[basis])
+                        right = self._with_moments(node.right, spec, _behind(left, stage.moments))
+                        changes[address] = node.replace(right=right)
+                        walk.exchanged[address] = LowRank(left=left, right=right)
                 yield group, changes
         for group in list(alone):
             yield group, rounded(group)

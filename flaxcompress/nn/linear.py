@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import materialize, matmul, spec_for
 from flaxcompress.formats.base import dot, vector_init
+from flaxcompress.nn.bases import is_on_basis
 from flaxcompress.nn.initializer import kernel_initializer
 from flaxcompress.nn.logical import model_cuts, multiplied, put_together
 
@@ -87,7 +88,7 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
         self.record(x)
-        if self.is_initializing():  # nothing is multiplied: a basis is not there yet
+        if self.is_initializing() and is_on_basis(self.kernel):  # the basis is not drawn yet
             return jnp.zeros((*x.shape[:-1], self.features), x.dtype)
         y = multiplied(lambda x, kernel: matmul(x, self.used(kernel, x.dtype)), x, self.kernel)
         return self.finished(x, y if self.bias is None else y + self.bias.astype(x.dtype))
