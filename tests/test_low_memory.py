@@ -225,6 +225,16 @@ def test_shared_layers_are_refused(tmp_path):
         fc.compress_folder(tmp_path / "shared", SEQUENTIAL, tmp_path / "out", calibration=TEXT, work=tmp_path / "work")
 
 
+def test_a_checkpoint_without_safetensors_is_refused(tmp_path):
+    width, inner, vocabulary, length = 8, 16, 10, 4
+    header = np.asarray([width, inner, 1, 2, 2, vocabulary, length], "<i4")  # llama2.c's, of one layer
+    values = vocabulary * width + 4 * width**2 + 3 * width * inner + 3 * width + length * width // 2
+    (tmp_path / "stories.bin").write_bytes(header.tobytes() + bytes(4 * values))
+    with pytest.raises(ValueError, match="no Hugging Face folder, and is read whole; leave out --low-memory"):
+        fc.compress_folder(tmp_path / "stories.bin", SEQUENTIAL, tmp_path / "out", work=tmp_path / "work")
+    assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
+
+
 def test_joining_files_keeps_every_tensor(tmp_path):
     rng = np.random.default_rng(0)
     parts = [

@@ -20,6 +20,7 @@ from flaxcompress.compress.work import leave_unused, work_folder
 from flaxcompress.config import ModelConfig
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.evaluate import Report, profile
+from flaxcompress.families import CHECKPOINTS
 from flaxcompress.folder import open_model, resolve, write_companions
 from flaxcompress.formats import nbytes
 from flaxcompress.model import Model, abstract_flat
@@ -55,11 +56,13 @@ def compress_folder(
       overwrite: replace an existing folder.
 
     Raises:
-      ValueError: a step that needs the whole model, a model whose layers share weights or that has a decoder beside its
-        encoder, and what `load`, `compress` and `save` raise it for.
+      ValueError: a step that needs the whole model, a checkpoint that is no Hugging Face folder, a model whose layers
+        share weights or that has a decoder beside its encoder, and what `load`, `compress` and `save` raise it for.
     """
     start, out = time.perf_counter(), Path(out)
     storage.check_output(out, overwrite=overwrite)
+    if any(checkpoint.find(Path(name)) is not None for checkpoint in CHECKPOINTS):
+        raise ValueError(f"low memory: {name} is no Hugging Face folder, and is read whole; leave out --low-memory")
     config, weights, assets = open_model(name)
     _check_structure(config)
     model = _abstract(Model(params={}, config=config, assets=assets))
