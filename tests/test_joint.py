@@ -17,7 +17,6 @@ from flaxcompress.compress import (
     Context,
     JointQueryKey,
     JointValueOutput,
-    LowRank,
     NystromFeedForward,
     joint_query_key,
     joint_value_output,
@@ -193,16 +192,6 @@ def test_the_pairs_that_stay_are_the_ones_that_count():
     again = run(JointQueryKey(width=2), small)
     assert again.config.rotary is not None and again.config.rotary.pairs in ((0,), (2,))
     assert ModelConfig.from_json(again.config.to_json()) == again.config
-
-
-def test_a_low_rank_matrix_becomes_dense_where_heads_are_cut():
-    model = run(LowRank(r"layers/\d+/attention/value/kernel", rank=5), tiny("biased"))
-    step = JointValueOutput(width=3)
-    small = run(step, model)
-    flat = tree.flatten(small.params)
-    assert isinstance(flat["layers/0/attention/value/kernel"], jax.Array)
-    planned = abstract_flat(step.plan(model.config))
-    assert {a: tree.signature(n) for a, n in flat.items()} == {a: tree.signature(n) for a, n in planned.items()}
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,51 @@ def viewer():
     return fc.Model.init(config, key=jax.random.key(0))
 
 
+KERNELS = r"layers/\d+/.*/kernel"
+DECOMPOSING = [
+    fc.LowRank(KERNELS, keep=0.5),
+    fc.Tensorize(KERNELS, keep=0.5),
+    fc.ShareBasis(KERNELS, keep=0.5),
+    fc.Quantize(bits=4),
+    fc.FactorizeEmbedding(rank=8),
+    fc.TensorTrainEmbedding(rank=4),
+    fc.AutoencodeEmbedding(rank=8),
+]
+
+
+@pytest.mark.parametrize("step", DECOMPOSING, ids=lambda step: step.name)
+def test_a_step_applied_twice_is_refused_with_the_first_matrix(model, step):
+    once = step.plan(model.config)
+    with pytest.raises(ValueError, match=rf"{step.name}: .*(layers/0/attention/key/kernel|embedding/\w+) .* already"):
+        step.plan(once)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *DECOMPOSING[:3],
+        fc.JointQueryKey(width=4),
+        fc.JointValueOutput(width=4),
+        fc.NystromFeedForward(keep=0.5),
+        fc.ToLatentAttention(rank=8),
+        fc.Allocate(target="30kB"),
+    ],
+    ids=lambda step: step.name,
+)
+def test_what_is_rounded_is_not_decomposed_or_cut(model, step):
+    with pytest.raises(
+        ValueError, match=rf"{step.name}: layers/0/\w+/\w+/kernel is stored as quantized already; start"
+    ):
+        step.plan(fc.Quantize(bits=4).plan(model.config))
+
+
+def test_rounding_passes_over_what_is_rounded(model):
+    first = fc.Quantize(pattern="embedding/.*", bits=8).plan(model.config)
+    both = fc.Quantize(bits=4).plan(first)
+    assert both.format_rule("embedding/token")["bits"] == 8
+    assert both.format_rule("layers/0/attention/key/kernel")["bits"] == 4
+
+
 def test_a_model_of_images_is_compressed_without_text(viewer, tmp_path):
     recipe = fc.Recipe([fc.LowRank(".*/up/kernel", rank=8, whitening="none"), fc.Quantize(rounding="mse")])
     small, report = fc.compress(viewer, recipe, key=jax.random.key(0), work=tmp_path / "work")

@@ -34,11 +34,11 @@ from flaxcompress.compress.solve import (
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.structures import Structure, structures
 from flaxcompress.compress.target import Target, parse_target
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.compress.walk import walked_kernels
 from flaxcompress.config import ModelConfig
 from flaxcompress.folder import tensors_of
-from flaxcompress.formats import Format, nbytes, to_tensors
-from flaxcompress.formats.base import spec_of
+from flaxcompress.formats import nbytes, to_tensors
 from flaxcompress.model import Model, abstract_flat, replace_matrices
 
 log = logging.getLogger("flaxcompress")
@@ -93,8 +93,9 @@ class Allocate(Step):
         target = self._target(config)
         if target.kind == "loss" or (target.kind == "bytes" and _bytes_of(config) <= target.value):
             return config
-        check_dense(config)
-        menu, flops = menu_of(self.actions, target), 2 * sum(math.prod(n.shape) for n in _kernels(config).values())
+        kernels = _kernels(config)
+        check_uncompressed(kernels, kernels, self.name)
+        menu, flops = menu_of(self.actions, target), 2 * sum(math.prod(n.shape) for n in kernels.values())
         most = config.layers // 2 if "drop" in self.actions and config.decoder is None else 0
         for count in range(most + 1):  # the last ones, as good as any without data
             small = (
@@ -123,7 +124,8 @@ class Allocate(Step):
 
     def prices(self, model: Model, context: Context) -> Prices:
         """What each action is predicted to cost. Raises ValueError for kernels that are not dense."""
-        check_dense(model.config)
+        kernels = _kernels(model.config)
+        check_uncompressed(kernels, kernels, self.name)
         menu = menu_of(self.actions, parse_target(self.target, 2**62))
         return price(model, context.need(self), self.actions, menu, progress=context.progress)
 
@@ -208,15 +210,6 @@ class Allocate(Step):
 def _kernels(config: ModelConfig) -> dict[str, Any]:
     flat = abstract_flat(config)
     return {address: flat[address] for address in sorted(walked_kernels(config))}
-
-
-def check_dense(config: ModelConfig) -> None:
-    """Raises ValueError for a kernel in layers that is not dense: it has been compressed before."""
-    for address, node in _kernels(config).items():
-        if isinstance(node, Format):
-            raise ValueError(
-                f"Allocate: {address} is stored as {spec_of(node).kind} already; allocate on the original model"
-            )
 
 
 class _Best(NamedTuple):

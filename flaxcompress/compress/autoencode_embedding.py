@@ -15,9 +15,10 @@ import optax
 from flaxcompress import linalg, tree
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.tiers import token_weights
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import LowRank, LowRankSpec, materialize, rank_for
-from flaxcompress.model import Model, replace_matrices
+from flaxcompress.model import Model, abstract_flat, replace_matrices
 from flaxcompress.progress import progress_bar
 from flaxcompress.text import first_ordinary_token
 
@@ -141,6 +142,7 @@ class AutoencodeEmbedding(Step):
         return rank_for(shape, self.rank, self.keep, self.allow_larger, TOKEN)
 
     def plan(self, config: ModelConfig) -> ModelConfig:
+        check_uncompressed(abstract_flat(config), [TOKEN], self.name)
         rank = self._rank((config.vocabulary, config.table_width))
         return config.with_format(TOKEN, LowRankSpec(rank=rank).to_json())
 

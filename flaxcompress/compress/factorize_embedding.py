@@ -24,6 +24,7 @@ from flaxcompress.compress.tiers import (
     smallest_layout,
     token_weights,
 )
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig
 from flaxcompress.evaluate.profile import has_tied_output
 from flaxcompress.formats import (
@@ -41,7 +42,7 @@ from flaxcompress.formats import (
 )
 from flaxcompress.formats.banded import Bands
 from flaxcompress.formats.bucketed import MAX_TIERS
-from flaxcompress.model import Model, replace_matrices
+from flaxcompress.model import Model, abstract_flat, replace_matrices
 from flaxcompress.text import first_ordinary_token
 
 TOKEN = "embedding/token"
@@ -131,6 +132,7 @@ class FactorizeEmbedding(Step):
         return BucketedSpec(tiers=tiers).to_json()
 
     def plan(self, config: ModelConfig) -> ModelConfig:
+        check_uncompressed(abstract_flat(config), [TOKEN], self.name)
         if self.weighting == "head" and (config.decoder is not None or not has_tied_output(config)):
             raise ValueError(
                 "FactorizeEmbedding: weighting: head needs a head that is tied to the token table, in a model without "

@@ -21,6 +21,7 @@ from flaxcompress.compress.narrow import (
     with_matrices,
 )
 from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig, Rotary
 from flaxcompress.model import Model, abstract_flat
 
@@ -117,7 +118,9 @@ class JointQueryKey(Step):
             changes["attention_scale"] = config.query_key_dim**-0.5
         if config.rotary is not None:
             changes["rotary"] = _with_pairs(config.rotary, pairs, config.query_key_dim)
-        config = dense_rules(config, (p + n for p in prefixes for n in names if p + n in present))
+        changed = [p + n for p in prefixes for n in names if p + n in present]
+        check_uncompressed(present, changed, self.name)
+        config = dense_rules(config, changed)
         return config.replace(**changes)
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:

@@ -14,6 +14,7 @@ from flaxcompress import linalg
 from flaxcompress.compress.matrix_statistics import INPUTS, gather
 from flaxcompress.compress.narrow import check_plain, dense_rules, matrices, narrower, with_matrices
 from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig
 from flaxcompress.model import Model, abstract_flat
 
@@ -74,7 +75,9 @@ class JointValueOutput(Step):
         names = ("value/kernel", "output/kernel", "value/bias", "output/bias")
         prefixes = [f"layers/{number}/attention/" for number in range(config.sharing.sets("attention"))]
         present = abstract_flat(config)
-        config = dense_rules(config, (p + n for p in prefixes for n in names if p + n in present))
+        changed = [p + n for p in prefixes for n in names if p + n in present]
+        check_uncompressed(present, changed, self.name)
+        config = dense_rules(config, changed)
         return config.replace(
             head_width=width,
             query_key_width=config.query_key_dim,

@@ -17,10 +17,11 @@ from flaxcompress.compress.matrix_statistics import check_finite, count_tokens, 
 from flaxcompress.compress.metrics import GRADIENTS, INPUTS, METRICS, Statistics
 from flaxcompress.compress.rank_allocation import Ranks, values_of, water_filling, zero_sum
 from flaxcompress.compress.step import Context, register_step
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.compress.walk import Stage
 from flaxcompress.config import ModelConfig, closest
-from flaxcompress.formats import Format, LowRankSpec, dense, materialize, rank_for
 from flaxcompress.formats import LowRank as LowRankFormat
+from flaxcompress.formats import LowRankSpec, materialize, rank_for
 from flaxcompress.model import Model, abstract_flat, replace_matrices
 
 Allocation = Literal["uniform", "energy", "gradient", "zero_sum"]
@@ -105,7 +106,9 @@ class LowRank(LayerStep):
 
     def plan(self, config: ModelConfig) -> ModelConfig:
         # Allocated ranks are known only from data; they take no more values in all than equal fractions do.
-        ranks = self._ranks(abstract_flat(config))
+        flat = abstract_flat(config)
+        ranks = self._ranks(flat)
+        check_uncompressed(flat, ranks, self.name)
         if self.sequential:
             check_walked(config, ranks, "LowRank: sequential")
         for address, rank in ranks.items():
@@ -147,8 +150,6 @@ class LowRank(LayerStep):
         changes: dict[str, Any] = {}
         for _, fitted in self._fitted(config, flat, context, ranks, statistics):
             changes |= self._noted(fitted, ranks, context)
-        for address in (a for a, rank in ranks.items() if rank is None and isinstance(flat[a], Format)):
-            changes[address] = dense(flat[address])
         return replace_matrices(model, changes)
 
     def _weight(self, weights: Mapping[str, Any], address: str) -> np.ndarray:

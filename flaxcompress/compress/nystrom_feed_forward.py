@@ -13,6 +13,7 @@ from flaxcompress import linalg
 from flaxcompress.compress.matrix_statistics import INPUTS, gather
 from flaxcompress.compress.narrow import check_plain, dense_rules, matrices, narrower, with_matrices
 from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig
 from flaxcompress.model import Model, abstract_flat
 
@@ -68,6 +69,7 @@ class NystromFeedForward(Step):
     def plan(self, config: ModelConfig) -> ModelConfig:
         widths, present = self._widths(config), abstract_flat(config)
         inner = [a for a in present if a.startswith("layers/") and "/feed_forward/" in a]
+        check_uncompressed(present, inner, self.name)
         return dense_rules(config, inner).replace(feed_forward_width=widths)
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:

@@ -151,9 +151,16 @@ class Quantize(LayerStep):
             mixed = self._mixed(self._addresses(flat))
             sizes, budget = self._choice_sizes(flat, mixed)
             return self._with_bits(spend(sizes, budget)).plan(config)
-        for address in self._addresses(flat):
-            new = _quantize_spec(spec_of(flat[address]).to_json(), self.spec_for(address).to_json())
-            config = config.with_format(address, new)
+        chosen = self._addresses(flat)
+        old = {address: spec_of(flat[address]).to_json() for address in chosen}
+        new = {address: _quantize_spec(old[address], self.spec_for(address).to_json()) for address in chosen}
+        if new == old:
+            raise ValueError(
+                f"Quantize: nothing that pattern {self.pattern!r} matches is left to round: {chosen[0]} is stored as "
+                f"{old[chosen[0]]['kind']} already; start from the original model, or leave the step out"
+            )
+        for address in chosen:
+            config = config.with_format(address, new[address])
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:

@@ -15,6 +15,7 @@ from flaxcompress import linalg, tree
 from flaxcompress.compress.matrix_statistics import check_finite, gather
 from flaxcompress.compress.metrics import INPUTS
 from flaxcompress.compress.step import Context, Step, register_step
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import Basis, BasisSpec, DenseSpec, LowRank, LowRankSpec, materialize, rank_for
 from flaxcompress.model import Model, abstract_flat
@@ -149,7 +150,10 @@ class ShareBasis(Step):
         return _Group(basis, [members[layer] for layer in layers], rank)
 
     def plan(self, config: ModelConfig) -> ModelConfig:
-        groups = self._groups(config, abstract_flat(config))
+        flat = abstract_flat(config)
+        groups = self._groups(config, flat)
+        for group in groups:
+            check_uncompressed(flat, group.kernels, self.name)
         for stack in sorted({_place(group.basis).stack for group in groups}):
             config = self._with_bases(config, stack, {_place(g.basis).number for g in groups})
         for basis, kernels, rank in groups:

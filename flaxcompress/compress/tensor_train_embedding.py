@@ -11,9 +11,10 @@ import numpy as np
 from flaxcompress import linalg, tree
 from flaxcompress.compress.step import Context, Step, register_step
 from flaxcompress.compress.tiers import token_weights
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import TensorTrain, TensorTrainSpec, materialize
-from flaxcompress.model import Model, replace_matrices
+from flaxcompress.model import Model, abstract_flat, replace_matrices
 from flaxcompress.text import first_ordinary_token
 
 TOKEN = "embedding/token"
@@ -90,6 +91,7 @@ class TensorTrainEmbedding(Step):
         return spec
 
     def plan(self, config: ModelConfig) -> ModelConfig:
+        check_uncompressed(abstract_flat(config), [TOKEN], self.name)
         return config.with_format(TOKEN, self._spec((config.vocabulary, config.table_width)).to_json())
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:

@@ -12,6 +12,7 @@ import numpy as np
 from flaxcompress import linalg, tree
 from flaxcompress.compress.layer_step import Changes, LayerStep, check_walked, unfinished, walked
 from flaxcompress.compress.step import Context, register_step
+from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import CPSpec, Decomposed, DecomposedSpec, TensorTrainSpec, TuckerSpec, materialize
 from flaxcompress.formats.tensor_train import balanced_factors
@@ -149,7 +150,10 @@ class Tensorize(LayerStep):
         return {a: self._spec(a, flat[a].shape) for a in found}
 
     def plan(self, config: ModelConfig) -> ModelConfig:
-        for address, spec in self._specs(abstract_flat(config)).items():
+        flat = abstract_flat(config)
+        specs = self._specs(flat)
+        check_uncompressed(flat, specs, self.name)
+        for address, spec in specs.items():
             config = config.with_format(address, spec.to_json())
         return config
 
