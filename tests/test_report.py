@@ -378,6 +378,14 @@ def test_choices_are_listed():
     assert "What each matrix became" not in make_report().to_html()
 
 
+def test_layers_are_listed_with_their_times():
+    layers = [{"layer": "layers/0", "seconds": 12.34, "bytes": 5_500_000}, {"layer": "x", "seconds": 1.0, "bytes": 10}]
+    page = make_report(layers=layers).to_html()
+    for word in ("Layer by layer", "layers/0", "12.3", "5.50", "Seconds spent on each layer"):
+        assert word in page
+    assert "Layer by layer" not in make_report().to_html()
+
+
 def test_smooth_and_kept_energy():
     loss = np.random.default_rng(0).random(400) + np.linspace(2, 1, 400)
     smoothed = smooth(loss)

@@ -21,6 +21,7 @@ def render(report: Report) -> str:
         html.section("Singular values and the chosen rank", _spectra(report)),
         html.section("Healing", _healing(report)),
         html.section("Steps", _steps(report)),
+        html.section("Layer by layer", _layers(report)),
         html.section("Recipe", _recipe(report)),
         html.section("Versions", html.table(["", "version"], report.versions.items(), numbers=0)),
     ]
@@ -114,6 +115,14 @@ def _steps(report: Report) -> str:
     rows = [[s["name"], f"{s['params']:,}", f"{s['bytes'] / 1e6:,.2f}", f"{s['seconds']:,.1f}"] for s in report.steps]
     table = html.table(["step", "weights after it", "MB after it", "seconds"], rows, numbers=3)
     return table + html.plot(functools.partial(plots.steps, report), "Seconds spent by each step")
+
+
+def _layers(report: Report) -> str:
+    if not report.layers:
+        return ""
+    rows = [[row["layer"], f"{row['bytes'] / 1e6:,.2f}", f"{row['seconds']:,.1f}"] for row in report.layers]
+    table = html.table(["layer, or matrix outside of layers", "MB at the end", "seconds in all steps"], rows, numbers=2)
+    return table + html.plot(functools.partial(plots.layers, report), "Seconds spent on each layer")
 
 
 def _recipe(report: Report) -> str:

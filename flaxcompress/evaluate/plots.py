@@ -107,14 +107,12 @@ def raw_and_smooth(axes: Any, points: Sequence[tuple[int, float]]) -> None:
 
 def steps(report: Report) -> Any:
     """Seconds of each step."""
-    seconds = [step["seconds"] for step in report.steps]
-    figure, axes = figure_of(0.4 * len(seconds) + 1.1)
-    bars = axes.barh(np.arange(len(seconds)), seconds, height=0.6, color=_AFTER)
-    axes.bar_label(bars, labels=[f"{value:.1f}" for value in seconds], padding=3, fontsize=8)
-    _name_rows(axes, [step["name"] for step in report.steps])
-    axes.margins(x=0.1)
-    axes.set_xlabel("seconds")
-    return figure
+    return _times([(row["name"], row["seconds"]) for row in report.steps])
+
+
+def layers(report: Report) -> Any:
+    """Seconds of each layer."""
+    return _times([(row["layer"], row["seconds"]) for row in report.layers])
 
 
 def heat_map(curves: Any, which: str) -> Any:
@@ -177,6 +175,18 @@ def figure_of(height: float) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _times(rows: Sequence[tuple[str, float]]) -> Any:
+    """(name, seconds) as bars."""
+    seconds = [value for _, value in rows]
+    figure, axes = figure_of(0.4 * len(seconds) + 1.1)
+    bars = axes.barh(np.arange(len(seconds)), seconds, height=0.6, color=_AFTER)
+    axes.bar_label(bars, labels=[f"{value:.1f}" for value in seconds], padding=3, fontsize=8)
+    _name_rows(axes, [name for name, _ in rows])
+    axes.margins(x=0.1)
+    axes.set_xlabel("seconds")
+    return figure
 
 
 def _name_rows(axes: Any, names: list[str]) -> None:
