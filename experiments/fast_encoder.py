@@ -49,6 +49,7 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "layers 0 1 5": [drop(2, 3, 4)],
     "layers 0 1 3 5, half the channels": [drop(2, 4), channels(0.5)],
     "layers 0 1 3 5, 3/8 of the channels": [drop(2, 4), channels(0.375)],
+    "layers 0 2 5, half the channels": [drop(1, 3, 4), channels(0.5)],
     "layers 0 1 2 4 5, 3/8 of the channels, heads 24": [drop(3), channels(0.375), *heads(24, 24)],
     "a quarter of the channels, heads 16": [channels(0.25), *heads(16, 16)],
     "a quarter of the channels, heads 24": [channels(0.25), *heads(24, 24)],

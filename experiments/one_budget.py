@@ -6,7 +6,7 @@ Question: `Allocate` for the file sizes that the shipped recipes have, healed as
 Commands (results are added to experiments/one_budget.json):
 
     export FLAXCOMPRESS_DATA=…    # the folder that holds wikitext2/ and stsb/
-    python experiments/one_budget.py run balanced small tiny nano       # healed, on WikiText-2
+    python experiments/one_budget.py run balanced small tiny nano "3.9 MB"    # healed, on WikiText-2
     python experiments/one_budget.py kinds 10x 12x 16x 24x              # not healed, on docstrings
     python experiments/one_budget.py table
 
@@ -30,6 +30,7 @@ import jax
 
 import flaxcompress as fc
 from flaxcompress import storage
+from flaxcompress.compress import recipe_names
 from flaxcompress.folder import tensors_of
 
 HERE = Path(__file__).parent
@@ -86,12 +87,13 @@ def compressed(recipe: fc.Recipe, original: fc.Model, asked: float, calibration:
 
 
 def run(names: list[str]) -> None:
-    """The sizes and the healing of shipped recipes, with choices made together."""
+    """The sizes and the healing of recipes written by hand (shipped, or in minilm_frontier.json), chosen together."""
     original = fc.load("minilm")
     frontier = json.loads((HERE / "minilm_frontier.json").read_text("utf-8"))
     for name in names:
         asked = frontier[name]["MB"] * 1e6
-        recipe = fc.Recipe.load(name).with_target(f"{int(asked)}B", original)
+        by_hand = fc.Recipe.load(name) if name in recipe_names() else fc.Recipe.from_json(frontier[name]["recipe"])
+        recipe = by_hand.with_target(f"{int(asked)}B", original)
         keep(f"{name}, chosen together", compressed(recipe, original, asked, [data("wikitext2/train.txt.gz")]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_share import EPS, FAMILIES, drawn
+from test_share import BERT, EPS, FAMILIES, drawn
 from test_steps import calibration, signatures
 
 import flaxcompress as fc
@@ -259,6 +260,30 @@ def test_other_steps_may_follow():
     both = more(halved(), context, key=jax.random.key(0))
     assert signatures(tree.flatten(both.params)) == signatures(abstract_flat(more.plan(halved().config)))
     assert len([a for a in tree.flatten(both.params) if "/bases/" in a]) == 2 * 5
+
+
+@pytest.mark.parametrize("stack", ["", "decoder/"], ids=["encoder", "decoder"])
+def test_an_encoder_and_its_decoder_have_bases_of_their_own(stack, tmp_path):
+    """One of the two stands on bases, of full rank: nothing else changes, outputs stay, a folder loads."""
+    sharing = dataclasses.replace(BERT.sharing, cross_attention=(0, 1, 2, 3))
+    inner = BERT.replace(vocabulary=0, pooler=False, causal=True, segments=0, sharing=sharing)
+    config = BERT.replace(pooler=False, segments=0, head="seq2seq_lm", decoder=inner)
+    model = fc.Model.init(config, key=jax.random.key(2), assets=drawn().assets)
+    pattern = rf"{stack}layers/\d+/(cross_)?attention/(query|value)/kernel"
+    step = fc.ShareBasis(pattern, rank=24, whitening="none", allow_larger=True)
+    made = step(model, Context(original=model), key=jax.random.key(0))
+    flat = tree.flatten(made.params)
+    assert signatures(flat) == signatures(abstract_flat(made.config)) == signatures(abstract_flat(step.plan(config)))
+    bases = {a for a in flat if "/bases/" in a}
+    assert bases and all(a.startswith(f"{stack}layers/") for a in bases)
+    assert {basis_address(made.config, a) for a in flat if is_on_basis(flat[a])} == bases
+    given = {"decoder_input_ids": IDS[:, ::-1]}
+    want = np.asarray(model(IDS, **given).logits)
+    atol = config.layers * 2 * 24 * EPS * np.abs(want).max()
+    np.testing.assert_allclose(made(IDS, **given).logits, want, rtol=0, atol=atol)
+    assert np.abs(np.asarray(materialize(flat[min(bases)]))).max() > 0
+    fc.save(made, tmp_path / "m")
+    np.testing.assert_array_equal(fc.load(tmp_path / "m")(IDS, **given).logits, made(IDS, **given).logits)
 
 
 def test_models_may_be_drawn_on_bases():
