@@ -46,8 +46,11 @@ def heads(values: int, queries: int) -> list[dict[str, Any]]:
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "layers 0 2 5": [drop(1, 3, 4)],
-    "layers 0 1 5": [drop(2, 3, 4)],
     "layers 0 1 3 5, half the channels": [drop(2, 4), channels(0.5)],
+    "4 layers by influence, 3/8 of the channels": [{"DropLayers": {"count": 2}}, channels(0.375)],
+    "layers 0 1 3 5, 5/16 of the channels": [drop(2, 4), channels(0.3125)],
+    "layers 0 1 3 5, a quarter of the channels": [drop(2, 4), channels(0.25)],
+    "layers 0 1 3 5, 3/8 of the channels, heads 24": [drop(2, 4), channels(0.375), *heads(24, 24)],
     "layers 0 1 3 5, 3/8 of the channels": [drop(2, 4), channels(0.375)],
     "layers 0 2 5, half the channels": [drop(1, 3, 4), channels(0.5)],
     "layers 0 1 2 4 5, 3/8 of the channels, heads 24": [drop(3), channels(0.375), *heads(24, 24)],

@@ -131,7 +131,10 @@ def test_a_count_leaves_out_those_of_least_influence():
     assert sorted(gone) != [2, 3]  # which the plan takes
     by_count, by_hand = dropped(drawn(), count=2), dropped(drawn(), layers=gone)
     assert by_count.config == by_hand.config == fc.DropLayers(count=2).plan(BERT)
-    jax.tree.map(np.testing.assert_array_equal, by_count.params, by_hand.params)
+    by_share = dropped(drawn(), keep=0.6)  # 2.4 of 4
+    assert by_share.config == by_hand.config == fc.DropLayers(keep=0.6).plan(BERT)
+    for model in (by_count, by_share):
+        jax.tree.map(np.testing.assert_array_equal, model.params, by_hand.params)
 
 
 def test_maps_stay_consistent():
@@ -164,9 +167,12 @@ def test_the_plan_of_a_count_is_no_less_than_any_choice():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fc.DropLayers(), "give either count or layers"),
-        (lambda: fc.DropLayers(count=1, layers=(0,)), "give either count or layers"),
+        (lambda: fc.DropLayers(), "give one of count, keep and layers"),
+        (lambda: fc.DropLayers(count=1, layers=(0,)), "give one of count, keep and layers"),
         (lambda: fc.DropLayers(count=0), "nothing to leave out"),
+        (lambda: fc.DropLayers(keep=0.5, count=2), "give one of count, keep and layers"),
+        (lambda: fc.DropLayers(keep=1.0), "keep 1.0 must lie in"),
+        (lambda: fc.DropLayers(keep=0.9).plan(BERT), "keep 0.9 leaves nothing out of 4 layers"),
         (lambda: fc.DropLayers(layers=()), "nothing to leave out"),
         (lambda: fc.DropLayers(count=4).plan(BERT), "count 4 leaves nothing of 4 layers"),
         (lambda: fc.DropLayers(layers=(0, 1, 2, 3)).plan(BERT), "leaves nothing"),

@@ -25,19 +25,26 @@ class DropLayers(Step):
     Attributes:
       count: how many: those of least block influence, 1 - cos(h_l, h_{l+1}) on calibration text (ShortGPT, Men et al.
         2024), measured once, before any is left out. Or
-      layers: which, counted from 0.
+      keep: the fraction of layers that stays, to the nearest number and at least one, chosen likewise. Or
+      layers: which go, counted from 0.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"influence"})
 
     count: int | None = None
+    keep: float | None = None
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
-        if (self.count is None) == (self.layers is None):
-            raise ValueError(f"DropLayers: give either count or layers, got count={self.count}, layers={self.layers}")
+        if [self.count, self.keep, self.layers].count(None) != 2:
+            raise ValueError(
+                f"DropLayers: give one of count, keep and layers, got count={self.count}, keep={self.keep}, "
+                f"layers={self.layers}"
+            )
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise ValueError(f"DropLayers: keep {self.keep} must lie in (0, 1), the fraction of layers that stays")
         if self.layers == () or (self.count is not None and self.count < 1):
             raise ValueError(f"DropLayers: nothing to leave out, got count={self.count}, layers={self.layers}")
 
@@ -53,7 +60,7 @@ class DropLayers(Step):
             if (at := tree.place(address)) is not None and not at.stack:
                 stored[at.part, at.number] = stored.get((at.part, at.number), 0) + nbytes(node)
         kept, gone, candidates = list(range(config.layers)), [], self._candidates(config)
-        for _ in range(self.count or 0):
+        for _ in range(self._count(config)):
             freed = {layer: 0 for layer in kept if layer in candidates}
             for part in config.sharing.parts:
                 each = getattr(config.sharing, part)
@@ -64,10 +71,19 @@ class DropLayers(Step):
             kept.remove(gone[-1])
         return gone
 
+    def _count(self, config: ModelConfig) -> int:
+        """How many go."""
+        if self.keep is None:
+            return self.count or 0
+        count = config.layers - max(1, round(self.keep * config.layers))
+        if count < 1:
+            raise ValueError(f"DropLayers: keep {self.keep} leaves nothing out of {config.layers} layers")
+        return count
+
     def _candidates(self, config: ModelConfig) -> range:
         """The layers that may go: not the first one where it alone has no norm."""
         found = range(0 if config.first_norm else 1, config.layers)
-        if (count := self.count or 0) > min(len(found), config.layers - 1):
+        if (count := self._count(config)) > min(len(found), config.layers - 1):
             raise ValueError(f"DropLayers: count {count} leaves nothing of {config.layers} layers")
         return found
 
@@ -76,7 +92,7 @@ class DropLayers(Step):
         if gone is None:
             influence = context.need(self).influence(model)
             found = np.asarray(self._candidates(model.config))
-            gone = found[np.argsort(influence[found], kind="stable")[: self.count]].tolist()
+            gone = found[np.argsort(influence[found], kind="stable")[: self._count(model.config)]].tolist()
         config, moved = without_layers(model.config, gone)
         # A layer's output stands for what the layers after it that are left out gave as well.
         context.layers[:] = _stand_for(context.layers, gone)
