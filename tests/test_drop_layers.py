@@ -137,6 +137,22 @@ def test_a_count_leaves_out_those_of_least_influence():
         jax.tree.map(np.testing.assert_array_equal, model.params, by_hand.params)
 
 
+@pytest.mark.parametrize(
+    ("layers", "settings", "kept"), [(6, {"keep": 0.5}, [0, 2, 5]), (12, {"count": 8}, [0, 4, 7, 11])]
+)
+def test_what_stays_at_even_distances_has_the_first_and_the_last(layers, settings, kept):
+    config = BERT.replace(layers=layers, sharing=None)
+    gone = tuple(layer for layer in range(layers) if layer not in kept)
+    step = fc.DropLayers(choice="even", **settings)
+    assert step.plan(config) == fc.DropLayers(layers=gone).plan(config)
+    if layers == 6:
+        model = fc.Model.init(config, key=jax.random.key(0))
+        got, want = (
+            s(model, Context(original=model), key=jax.random.key(0)) for s in (step, fc.DropLayers(layers=gone))
+        )
+        jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+
+
 def test_maps_stay_consistent():
     """Sets that nobody uses any more are gone, the others numbered anew, each in its format and width."""
     small, moved = without_layers(SHARED, (0, 1))
@@ -171,6 +187,7 @@ def test_the_plan_of_a_count_is_no_less_than_any_choice():
         (lambda: fc.DropLayers(count=1, layers=(0,)), "give one of count, keep and layers"),
         (lambda: fc.DropLayers(count=0), "nothing to leave out"),
         (lambda: fc.DropLayers(keep=0.5, count=2), "give one of count, keep and layers"),
+        (lambda: fc.DropLayers(layers=(1,), choice="even"), "choice 'even' chooses layers"),
         (lambda: fc.DropLayers(keep=1.0), "keep 1.0 must lie in"),
         (lambda: fc.DropLayers(keep=0.9).plan(BERT), "keep 0.9 leaves nothing out of 4 layers"),
         (lambda: fc.DropLayers(layers=()), "nothing to leave out"),

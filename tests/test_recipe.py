@@ -27,14 +27,14 @@ def sentences():
 
 
 def test_the_shipped_recipes_are_valid_and_round_trip():
-    assert recipe_names() == ["balanced", "light", "nano", "small", "tiny"]
+    assert recipe_names() == ["balanced", "fast", "light", "nano", "small", "tiny"]
     for name in recipe_names():
         recipe = fc.Recipe.load(name)
         assert recipe.description
         assert fc.Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
-@pytest.mark.parametrize("name", quick(["light", "balanced", "small", "tiny", "nano"], ["balanced"]))
+@pytest.mark.parametrize("name", quick(["light", "balanced", "small", "tiny", "nano", "fast"], ["balanced"]))
 def test_every_shipped_recipe_runs_and_lands_within_its_plan(model, sentences, name):
     recipe = fc.Recipe.load(name).with_heal_steps(2)
     if name in ("tiny", "nano"):  # a table this small cannot have so few bits: its basis alone is larger

@@ -27,7 +27,7 @@ class Compress(Verb):
     wants_huge_pages: ClassVar = True
     model: ModelName
     out: Annotated[Path, arg(metavar="DIR", help="the folder to write")]
-    recipe: Annotated[str, arg(metavar="NAME|FILE", help="light, balanced, small, tiny, nano or a YAML file")] = (
+    recipe: Annotated[str, arg(metavar="NAME|FILE", help="light, balanced, small, tiny, nano, fast or a YAML file")] = (
         "balanced"
     )
     target: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -27,6 +27,8 @@ class DropLayers(Step):
         2024), measured once, before any is left out. Or
       keep: the fraction of layers that stays, to the nearest number and at least one, chosen likewise. Or
       layers: which go, counted from 0.
+      choice: without `layers`, which go: those of least "influence", or what leaves the others at "even" distances, the
+        first and the last among them (as students are begun from their teachers, Sanh et al. 2019).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"influence"})
@@ -34,6 +36,7 @@ class DropLayers(Step):
     count: int | None = None
     keep: float | None = None
     layers: tuple[int, ...] | None = None
+    choice: Literal["influence", "even"] = "influence"
 
     def __post_init__(self):
         if isinstance(self.layers, list):
@@ -43,6 +46,8 @@ class DropLayers(Step):
                 f"DropLayers: give one of count, keep and layers, got count={self.count}, keep={self.keep}, "
                 f"layers={self.layers}"
             )
+        if self.layers is not None and self.choice != "influence":
+            raise ValueError(f"DropLayers: choice {self.choice!r} chooses layers, and layers={self.layers} are given")
         if self.keep is not None and not 0 < self.keep < 1:
             raise ValueError(f"DropLayers: keep {self.keep} must lie in (0, 1), the fraction of layers that stays")
         if self.layers == () or (self.count is not None and self.count < 1):
@@ -50,8 +55,16 @@ class DropLayers(Step):
 
     def plan(self, config: ModelConfig) -> ModelConfig:
         """The structure without the given layers; of a count, without those that free the least bytes."""
-        gone = self._lightest(config) if self.layers is None else self.layers
-        return without_layers(config, gone)[0]
+        gone = self._known(config)
+        return without_layers(config, self._lightest(config) if gone is None else gone)[0]
+
+    def _known(self, config: ModelConfig) -> Sequence[int] | None:
+        """What goes, where that takes no data."""
+        if self.layers is not None or self.choice == "influence":
+            return self.layers
+        self._candidates(config)  # its checks
+        kept = np.linspace(0, config.layers - 1, config.layers - self._count(config)).round().astype(int)
+        return [layer for layer in range(config.layers) if layer not in kept]
 
     def _lightest(self, config: ModelConfig) -> list[int]:
         """Layers whose weight sets weigh little and are used by others: one by one, so that the plan is no less."""
@@ -88,7 +101,7 @@ class DropLayers(Step):
         return found
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
-        gone = self.layers
+        gone = self._known(model.config)
         if gone is None:
             influence = context.need(self).influence(model)
             found = np.asarray(self._candidates(model.config))
