@@ -175,7 +175,6 @@ def test_a_step_applied_twice_is_refused_with_the_first_matrix(model, step):
         fc.JointQueryKey(width=4),
         fc.JointValueOutput(width=4),
         fc.NystromFeedForward(keep=0.5),
-        fc.ToLatentAttention(rank=8),
         fc.Allocate(target="30kB"),
     ],
     ids=lambda step: step.name,

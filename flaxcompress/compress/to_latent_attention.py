@@ -16,7 +16,6 @@ from flaxcompress.compress.attention_distances import attention_distances, even_
 from flaxcompress.compress.joint_latent import compress_matrix
 from flaxcompress.compress.rotary_components import Components, Pairs, choose_pairs, components, split, spread_pairs
 from flaxcompress.compress.step import Context, Step, register_step
-from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.config import Latent, ModelConfig
 from flaxcompress.formats import materialize
 from flaxcompress.model import Model, abstract_flat
@@ -72,10 +71,6 @@ class ToLatentAttention(Step):
     def _planned(self, config: ModelConfig, pairs: Pairs | None) -> ModelConfig:
         """The structure where the shared key has these frequencies, places among those of the model's heads."""
         _check(config)
-        prefixes = [f"layers/{number}/attention/" for number in range(config.sharing.sets("attention"))]
-        check_uncompressed(
-            abstract_flat(config), (f"{p}{n}/kernel" for p in prefixes for n in ("key", "value")), self.name
-        )
         shared = self._shared_width(config)
         scored, valued, heads = config.query_key_dim, config.head_dim, config.groups
         rotary = config.rotary
