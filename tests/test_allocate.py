@@ -295,7 +295,7 @@ def test_an_allocation_applied_twice_is_refused():
     small = fc.Quantize(bits=8, rounding="mse", pattern="layers/.*/kernel")(tiny(), context(), key=KEY)
     with pytest.raises(ValueError, match="layers/0/attention/key/kernel is stored as quantized already"):
         Allocate(target="6x")(small, context(), key=KEY)
-    with pytest.raises(ValueError, match="allocate on the original model"):
+    with pytest.raises(ValueError, match="start from the original model"):
         Allocate(target="6x").plan(small.config)
 
 
