@@ -16,8 +16,8 @@ Commands (results are added to experiments/fast_encoder.json):
 Dev sentences are only reported on; the choice among candidates is made by the cosine on STS-B *train* sentences and the
 speed. One seed.
 
-Results, 2026-11-30, JAX 0.10.2, one CPU core that other runs shared, 1,500 sentences in 3 rounds (STS-B dev Spearman and
-cosine; cosine on STS-B train; the original: 0.8672 and 1):
+Results, 2026-11-30, JAX 0.10.2, one CPU core, other runs on the other, 1,500 sentences in 3 rounds (STS-B dev Spearman
+and cosine; cosine on STS-B train; the original: 0.8672 and 1):
 
     candidate, steps of healing                          MB   FLOPs   speed   dev      cosine   train
     layers 0 1 3 5, 3/8 of the channels, 200            63.9   0.40    2.36   0.8468   0.8082   0.8374
@@ -27,9 +27,11 @@ cosine; cosine on STS-B train; the original: 0.8672 and 1):
     fast (layers 0 2 5, half the channels), 1,500       26.4   0.34    2.58   0.8462   0.8478   0.8757
     fast, 1,500, on Multi30k, AG News and WikiText-2    26.4   0.34    2.61   0.8624   0.9030   0.9229
 
-Text decides more than structure: 1,500 steps on captions, news and encyclopedia (train splits, English) leave half the
-distance that as many on encyclopedia alone leave, at a speed of 2.55 to 2.62 between quartiles. At equal
-operations fewer and wider layers are nearer to the original than narrow heads and many layers. The speeds waver by a tenth; they were not measured on an idle machine yet. The other candidates of
+Text decides more than structure: 1,500 steps on captions, news and encyclopedia (train splits, no labels) leave
+two thirds of the distance that as many on encyclopedia alone leave. STS-B's own sentences are captions, headlines and
+forum posts; some of its captions may be from the collection that Multi30k's are. At equal operations fewer and wider
+layers are nearer to the original than narrow heads and many layers. The speeds waver by a tenth and were not measured
+on an idle machine yet. The other candidates of
 `list` have no figures.
 """
 
