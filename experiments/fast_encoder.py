@@ -8,7 +8,7 @@ each then heals on WikiText-2 train for as many steps.
 Commands (results are added to experiments/fast_encoder.json):
 
     export FLAXCOMPRESS_DATA=…    # the folder that holds wikitext2/ and stsb/
-    python experiments/fast_encoder.py run --steps 300 NAME…    # candidates; `list` names them
+    python experiments/fast_encoder.py run --steps 200 NAME…    # candidates; `list` names them
     python experiments/fast_encoder.py run fast                 # the recipe that ships, healed as it says
     python experiments/fast_encoder.py run fast --mixed         # on captions and news beside it
     python experiments/fast_encoder.py table
@@ -31,8 +31,8 @@ Text decides more than structure: 1,500 steps on captions, news and encyclopedia
 two thirds of the distance that as many on encyclopedia alone leave. STS-B's own sentences are captions, headlines and
 forum posts; some of its captions may be from the collection that Multi30k's are. At equal operations fewer and wider
 layers are nearer to the original than narrow heads and many layers. The speeds waver by a tenth and were not measured
-on an idle machine yet. The other candidates of
-`list` have no figures.
+on an idle machine yet (`--sentences 1500 --rounds 3`, the process on one core). The other candidates of `list` have no
+figures.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Commands (results are added to experiments/one_budget.json):
 Calibration text is WikiText-2 train (`run`) or the standard library's docstrings (`kinds`). STS-B dev is only reported
 on; "train" are cosines on STS-B train sentences. One seed, 2 CPU cores.
 
-RESULTS
+Not run yet.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Commands (results are added to experiments/shared_blocks.json):
 
 Healing is on WikiText-2 train. Dev sentences are only reported on. One seed.
 
-RESULTS
+Not run yet.
 """
 
 from __future__ import annotations
