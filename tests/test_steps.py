@@ -260,7 +260,7 @@ def test_the_table_covers_every_step():
         ("embedding-float-tiers", "low_rank-none", "quantize-8"),
         ("quantize-8", "trim"),
         ("embedding-bytes", "quantize-mixed-kernels"),
-        ("low_rank-activation", "low_rank-activation"),
+        ("low_rank-activation", "quantize-8", "trim-positions"),
     ],
     ids=" then ".join,
 )
