@@ -20,7 +20,7 @@ from flaxcompress.card import model_card
 from flaxcompress.config import GENERATING, ModelConfig, closest
 from flaxcompress.families import CHECKPOINTS, FAMILIES, Family
 from flaxcompress.families.base import Stored, write_classes
-from flaxcompress.formats import FakeQuantized, to_tensors
+from flaxcompress.formats import TrainingForm, to_tensors
 from flaxcompress.heads import with_head
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import (
@@ -267,13 +267,13 @@ def _start(model: Model) -> dict[str, int]:
     return {"decoder_start_token_id": model.config.pad_token if start is None else start}
 
 
-def _is_fake(node: Any) -> bool:
-    return isinstance(node, FakeQuantized)
+def _is_training_form(node: Any) -> bool:
+    return isinstance(node, TrainingForm)
 
 
 def write_model(model: Model, folder: Path, *, report: Mapping[str, Any] | None = None) -> None:
     """Writes the model's files into an existing folder; `save` does so atomically."""
-    if any(isinstance(n, FakeQuantized) for n in jax.tree.leaves(model.params, is_leaf=_is_fake)):
+    if any(_is_training_form(n) for n in jax.tree.leaves(model.params, is_leaf=_is_training_form)):
         raise ValueError("save: the model is in training form; train.freeze_model gives the one to save")
     storage.write_tensors(folder / storage.WEIGHTS, tensors_of(model))
     write_companions(model, folder, report=report)

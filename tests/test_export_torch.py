@@ -51,6 +51,18 @@ def banded(*bands, **options):
     return {"kind": "banded", "bands": [list(band) for band in bands], **options}
 
 
+def sparse(kept, values=None):
+    return {"kind": "sparse", "kept": kept, "values": values or {"kind": "dense"}}
+
+
+def n_of_m(n, m, values=None):
+    return {"kind": "semi_structured", "n": n, "m": m, "values": values or {"kind": "dense"}}
+
+
+def adapted(base, delta, scale=1.0):
+    return {"kind": "adapted", "base": base, "delta": delta, "scale": scale}
+
+
 DENSE = {"kind": "dense"}
 HALF = {"kind": "dense", "dtype": "float16"}
 MATRIX_SPECS = {
@@ -64,6 +76,13 @@ MATRIX_SPECS = {
     "low_rank": low_rank(5),
     "low_rank-int": low_rank(5, quantized(8), quantized(3, 4)),
     "low_rank-nested": low_rank(7, low_rank(3, quantized(2, 2)), HALF),
+    "sparse": sparse(301),
+    "sparse-int4": sparse(300, quantized(4, 16)),
+    "sparse-factors": low_rank(9, sparse(100, HALF), sparse(70, quantized(8))),
+    "two-of-four": n_of_m(2, 4),
+    "one-of-eight-int8": n_of_m(1, 8, quantized(8)),
+    "adapted": adapted(quantized(4, 16), low_rank(3, HALF, HALF), 0.5),
+    "adapted-sparse": adapted(sparse(200), low_rank(2, quantized(8), quantized(8))),
 }
 TABLE_SPECS = {
     "two-tiers": bucketed((30, DENSE), (67, quantized(4, 16))),
@@ -110,7 +129,8 @@ def close(got, want, terms, depth=1):
 
 QUICK = {(name, False) for name in ("dense-bf16", "int4-16", "int3-5", "low_rank-nested")}
 QUICK |= {(name, True) for name in ("dense", "int8-scale-bf16", "int2-16", "low_rank-int", "banded", "banded-float32")}
-QUICK |= {("nested-tiers", True), ("six-tiers", True)}
+QUICK |= {("nested-tiers", True), ("six-tiers", True), ("sparse-int4", True), ("sparse-factors", False)}
+QUICK |= {("one-of-eight-int8", True), ("two-of-four", False), ("adapted", False)}
 
 
 def _case(name, spec, table):
@@ -120,7 +140,7 @@ def _case(name, spec, table):
 
 @pytest.mark.parametrize(("spec", "table"), [_case(*case) for case in CASES])
 def test_every_format_computes_what_ours_does(spec, table):
-    n, m = (97, 24) if table else (37, 21)
+    n, m = (97, 24) if table else (40 if spec["kind"] == "semi_structured" else 37, 21)
     node = random_matrix(spec, (n, m), table)
     holder = torch.nn.Module()
     holder.w = torch_formats.build(spec, (n, m), table)

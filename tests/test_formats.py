@@ -19,6 +19,7 @@ import flaxcompress as fc
 from flaxcompress import linalg, tree
 from flaxcompress.formats import (
     CP,
+    Adapted,
     Banded,
     BandedSpec,
     Bucketed,
@@ -85,6 +86,18 @@ def tucker(rows, columns, ranks, **options):
     return {"kind": "tucker", "rows": rows, "columns": columns, "ranks": ranks, **options}
 
 
+def sparse(kept, values=None):
+    return {"kind": "sparse", "kept": kept, "values": values or {"kind": "dense", "dtype": "float32"}}
+
+
+def n_of_m(n, m, values=None):
+    return {"kind": "semi_structured", "n": n, "m": m, "values": values or {"kind": "dense", "dtype": "float32"}}
+
+
+def adapted(base, delta, scale=1.0):
+    return {"kind": "adapted", "base": base, "delta": delta, "scale": scale}
+
+
 DENSE = {"kind": "dense"}
 ANY = {
     "dense": DENSE,
@@ -103,9 +116,17 @@ ANY = {
     "tucker-4": tucker([4, 10], [2, 13], 3),
     "tucker-f16": tucker([38], [26], [9, 7], dtype="float16"),
     "low_rank-train": low_rank(6, train([5, 8], [2, 3], [4]), quantized(8)),
+    "sparse": sparse(481),
+    "sparse-f16": sparse(7, {"kind": "dense", "dtype": "float16"}),
+    "sparse-int4": sparse(300, quantized(4, 16)),
+    "low_rank-sparse": low_rank(9, sparse(100), sparse(40, quantized(8))),
+    "adapted": adapted(quantized(4, 16), low_rank(3), 0.5),
+    "adapted-sparse": adapted(sparse(200), low_rank(2, quantized(8), quantized(8))),
     "nested": low_rank(7, low_rank(3, quantized(2, 2)), {"kind": "dense", "dtype": "float16"}),
 }
 TABLES = {
+    "semi_structured": n_of_m(1, 2),
+    "semi_structured-int8": n_of_m(1, 2, quantized(8)),
     "banded": banded((8, 4), (8, 2), (3, 1), (7, 0)),
     "banded-8": banded((5, 8), (21, 3), scale_dtype="float32"),
     "bucketed": bucketed((10, DENSE), (27, quantized(4, 16))),
@@ -120,13 +141,17 @@ CASES += [(name, spec, True) for name, spec in TABLES.items()]
 # Every format once as a kernel and once as a table, the most nested of a kind; the others are alike.
 QUICK = {
     (name, False)
-    for name in ("dense", "dense-bf16", "int4-16", "low_rank-int", "tensor_train-3", "nested", "cp-3", "tucker-4")
+    for name in (
+        *("dense", "dense-bf16", "int4-16", "low_rank-int", "tensor_train-3", "nested", "cp-3", "tucker-4"),
+        *("sparse-int4", "adapted-sparse"),
+    )
 }
 QUICK |= {
     (name, True)
     for name in ("dense", "int8-None", "int8-scale-bf16", "int3-5", "int2-16", "low_rank-train", "cp", "tucker")
 }
-QUICK |= {(name, True) for name in ("banded", "bucketed-6", "low_rank-bucketed-banded")}
+QUICK |= {(name, True) for name in ("banded", "bucketed-6", "low_rank-bucketed-banded", "low_rank-sparse")}
+QUICK |= {(name, True) for name in ("semi_structured-int8", "adapted")}
 
 
 def _case(number: int):
@@ -161,6 +186,8 @@ def magnitude(node):
     """|W| entry by entry, but |left|·|right| for products: what rounding errors are relative to."""
     if isinstance(node, LowRank):
         return magnitude(node.left) @ magnitude(node.right)
+    if isinstance(node, Adapted):
+        return magnitude(node.base) + abs(node.scale) * magnitude(node.delta)
     if isinstance(node, Decomposed):
         sizes = jax.tree.map(lambda leaf: jnp.abs(leaf.astype(jnp.float32)), node)
         return np.asarray(materialize(sizes), np.float64)
@@ -173,6 +200,8 @@ def depth(node) -> int:
     """Products one after the other."""
     if isinstance(node, LowRank):
         return depth(node.left) + depth(node.right)
+    if isinstance(node, Adapted):
+        return 1 + depth(node.delta)
     if isinstance(node, TensorTrain):
         return len(node.cores)
     if isinstance(node, (CP, Tucker)):

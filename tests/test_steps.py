@@ -26,6 +26,7 @@ from flaxcompress.compress import (
     JointValueOutput,
     LowRank,
     NystromFeedForward,
+    Prune,
     Quantize,
     SeparableConvolutions,
     Share,
@@ -146,6 +147,14 @@ STEPS = {
     "linformer": ToLinformer(length=6, sentences=8, iterations=5),
     "nystrom": ToNystrom(landmarks=6, convolution=3),
     "quantize-8": Quantize(),
+    "prune-magnitude": Prune(sparsity=0.6, by="magnitude", pattern=f"{KERNELS}|{TOKEN}"),
+    "prune-wanda": Prune(sparsity=0.5, pattern=KERNELS),
+    "prune-sparsegpt": Prune(sparsity=0.5, by="sparsegpt"),
+    "prune-n_of_m": Prune(n_of_m="2:4", by="sparsegpt"),
+    "prune-n_of_m-wanda": Prune(n_of_m="1:4"),
+    "prune-global": Prune(sparsity=0.5, by="magnitude", scope="global"),
+    "prune-budget": Prune(budget=2.0, by="magnitude", pattern=FEED_FORWARD),
+    "prune-fisher": Prune(sparsity=0.5, by="fisher", pattern=f"{KERNELS}|{TOKEN}"),
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
     "quantize-2-nearest": Quantize(bits=2, rounding="nearest", scale_dtype="float32"),
@@ -172,7 +181,9 @@ REWRITTEN = {
     "ToLatentAttention": r".*/attention/output/bias",  # the values' bias moves there
     "JointValueOutput": r".*/attention/output/bias",
 }
-CERTAIN = [name for name in STEPS if not any(word in name for word in ("bytes", "average", "ranks"))]
+CERTAIN = [
+    name for name in STEPS if not any(word in name for word in ("bytes", "average", "ranks", "global", "budget"))
+]
 SLOW = {"embedding-average-bits", "low_rank-fisher", "quantize-mixed", "quantize-average-bits"}
 SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-2-nearest"}
 SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential"}
@@ -180,6 +191,7 @@ SLOW |= {"share-mean", "share-random", "share_basis-none"}
 SLOW |= {"tensorize-tucker", "tensorize-paired", "tensorize-cp-cut"}
 SLOW |= {"latent-none"}
 SLOW |= {"joint-query-key"}
+SLOW |= {"prune-magnitude", "prune-n_of_m-wanda", "prune-fisher", "prune-budget", "prune-sparsegpt"}
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
 )
@@ -245,7 +257,7 @@ def test_settings_survive_json(name):
 
 
 def test_the_table_covers_every_step():
-    own_files = {"Allocate", "Heal", "TrimVocabulary"}
+    own_files = {"Allocate", "Heal", "Repair", "TrimVocabulary"}
     assert {step.name for step in STEPS.values()} | own_files == set(known_steps())
 
 

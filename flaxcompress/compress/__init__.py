@@ -12,8 +12,10 @@ from flaxcompress.compress.joint_value_output import JointValueOutput
 from flaxcompress.compress.low_memory import compress_folder
 from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.nystrom_feed_forward import NystromFeedForward
+from flaxcompress.compress.prune import Prune
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
+from flaxcompress.compress.repair import Repair
 from flaxcompress.compress.run import compress
 from flaxcompress.compress.separable_convolutions import SeparableConvolutions
 from flaxcompress.compress.share import Share
@@ -43,8 +45,10 @@ __all__ = [
     "LowRank",
     "NystromFeedForward",
     "Plan",
+    "Prune",
     "Quantize",
     "Recipe",
+    "Repair",
     "SeparableConvolutions",
     "Share",
     "ShareBasis",

@@ -63,6 +63,9 @@ class Allocate(Step):
       actions: "bits" of kernels; "rank" of kernels; "table", tiers of the token table; "drop", whole layers left out;
         "tie", neighbouring layers that share their weights. A target of speed takes "rank" and "drop" alone.
       corrections: how often the choice may be made again.
+      table_weight: what a loss through the token table counts beside one through kernels, where bytes or operations
+        are the target. Above 1 where healing follows, which brings kernels back further than a table, most of whose
+        rows it seldom reads (measured in experiments/one_budget.py).
       sentences: calibration sentences for what is measured.
     """
 
@@ -71,6 +74,7 @@ class Allocate(Step):
     target: str
     actions: tuple[Literal["bits", "rank", "table", "drop", "tie"], ...] = ACTIONS
     corrections: int = 2
+    table_weight: float = 1.0
     sentences: int = 96
 
     def __post_init__(self):
@@ -81,6 +85,8 @@ class Allocate(Step):
                 f"Allocate: corrections must be 0 or more and sentences at least 1, got {self.corrections} and "
                 f"{self.sentences}"
             )
+        if not 0 < self.table_weight < math.inf:
+            raise ValueError(f"Allocate: table_weight must be a positive number, got {self.table_weight}")
         parse_target(self.target, 2**62)  # its spelling
 
     def resolve(self, model: Model) -> Allocate:
@@ -127,7 +133,8 @@ class Allocate(Step):
         kernels = _kernels(model.config)
         check_uncompressed(kernels, kernels, self.name)
         menu = menu_of(self.actions, parse_target(self.target, 2**62))
-        return price(model, context.need(self), self.actions, menu, progress=context.progress)
+        found = price(model, context.need(self), self.actions, menu, progress=context.progress)
+        return dataclasses.replace(found, table_weight=self.table_weight)
 
     def predict(self, model: Model, context: Context, *, key: jax.Array) -> tuple[Structure, Solution]:
         """The first choice and its predicted loss, without running it; a structure's is measured.
@@ -160,8 +167,9 @@ class Allocate(Step):
             log.info("Allocate: predicted loss %.4g, measured %.4g (%s)", solution.loss, loss, answers.unit)
             size = storage.file_size(tensors_of(small))
             met = {"bytes": size <= target.value, "loss": loss <= target.value, "speed": True}[target.kind]
-            if met and (best is None or (size < best.size if target.kind == "loss" else loss < best.loss)):
-                best = _Best(small, solution, size, loss, spectra)
+            counted = loss + (self.table_weight - 1.0) * max(0.0, table_loss - structure.loss)
+            if met and (best is None or (size < best.size if target.kind == "loss" else counted < best.counted)):
+                best = _Best(small, solution, size, counted, spectra)
             if best is not None and number >= self.corrections:
                 break
             prices = _corrected(prices, solution, table_loss, loss, structure.loss)
@@ -213,12 +221,12 @@ def _kernels(config: ModelConfig) -> dict[str, Any]:
 
 
 class _Best(NamedTuple):
-    """The best of the runs that met the target."""
+    """The best of the runs that met the target; `counted` is its loss with the table's weighted."""
 
     model: Model
     solution: Solution
     size: int
-    loss: float
+    counted: float
     spectra: list[dict[str, Any]]
 
 

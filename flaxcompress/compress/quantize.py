@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from flaxcompress.compress.step import Context, register_step
 from flaxcompress.compress.walk import walked_kernels
 from flaxcompress.config import ModelConfig
 from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, map_parts, materialize
-from flaxcompress.formats.base import parse_spec, spec_of
+from flaxcompress.formats.base import spec_of
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.nn.bases import BASES, basis_address, is_on_basis
 
@@ -153,7 +154,8 @@ class Quantize(LayerStep):
             return self._with_bits(spend(sizes, budget)).plan(config)
         chosen = self._addresses(flat)
         old = {address: spec_of(flat[address]).to_json() for address in chosen}
-        new = {address: _quantize_spec(old[address], self.spec_for(address).to_json()) for address in chosen}
+        planned = {a: _planned(flat[a], self.spec_for(a), table=a in _TABLES) for a in chosen}
+        new = {address: spec_of(node).to_json() for address, node in planned.items()}
         if new == old:
             raise ValueError(
                 f"Quantize: nothing that pattern {self.pattern!r} matches is left to round: {chosen[0]} is stored as "
@@ -228,8 +230,8 @@ class Quantize(LayerStep):
         if isinstance(node, LowRank):
             left = self._with_moments(node.left, spec, moments)
             return LowRank(left=left, right=self._with_moments(node.right, spec, _behind(left, moments)))
-        if isinstance(node, Format):
-            return node
+        if isinstance(node, Format):  # what it is made of does not read the input
+            return self._alone(node, spec, table=False)
         return compress_matrix(node, spec, table=False, rounding="gptq", moments=moments)
 
 
@@ -239,13 +241,16 @@ def _behind(left: Any, moments: Any) -> Any:
     return inner.T @ jnp.asarray(moments) @ inner
 
 
-def _quantize_spec(spec: dict[str, Any], quantized: dict[str, Any]) -> dict[str, Any]:
-    if spec["kind"] == "dense":
-        return quantized
-    out = dict(spec)
-    for name in ("left", "right"):
-        if name in out:
-            out[name] = _quantize_spec(out[name], quantized)
-    if "tiers" in out:
-        out["tiers"] = [{**t, "format": _quantize_spec(t["format"], quantized)} for t in out["tiers"]]
-    return parse_spec(out).to_json()
+def _planned(node: Any, spec: QuantizedSpec, *, table: bool) -> Any:
+    """The abstract node of a matrix whose dense parts are quantized."""
+
+    def change(part: Any, is_table: bool) -> Any:
+        return part if isinstance(part, Format) else _abstract(spec, tuple(part.shape), is_table)
+
+    return map_parts(node, change, table=table)
+
+
+@functools.cache
+def _abstract(spec: QuantizedSpec, shape: tuple[int, int], table: bool) -> Any:
+    zeros = jax.nn.initializers.zeros
+    return jax.eval_shape(lambda key: spec.init(key, shape, zeros, table=table), jax.random.key(0))

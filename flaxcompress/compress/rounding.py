@@ -79,6 +79,22 @@ def round_banded(
     return band_levels(rows, scale, spec.bands), scale
 
 
+def inverse_factor(second_moment: Float[Array, "n n"], size: int, damping: float) -> Float[Array, "p p"]:
+    """The upper U with H⁻¹ = UᵀU, H = C + λI scaled to a mean diagonal of 1, filled up to `size` by the identity.
+
+    Args:
+      damping: λ as a fraction of the mean of C's diagonal; directions that never occur are left alone by it.
+    """
+    n = len(second_moment)
+    h = second_moment.astype(jnp.float32)
+    h = h / jnp.maximum(jnp.trace(h) / n, 1e-30) + damping * jnp.eye(n)
+    h = jnp.eye(size).at[:n, :n].set(h)
+    # Invert the Cholesky factor of the reversed matrix.
+    lower = jnp.linalg.cholesky(h[::-1, ::-1])
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(size), lower=True)
+    return inverse[::-1, ::-1]
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "damping"))
 def gptq(
     rows: Float[Array, "r n"], second_moment: Float[Array, "n n"], spec: QuantizedSpec, *, damping: float = 0.01
@@ -97,14 +113,7 @@ def gptq(
     block = min(spec.group or 128, n)
     blocks = -(-n // block)
     padded = blocks * block
-    h = second_moment.astype(jnp.float32)
-    mean = jnp.maximum(jnp.trace(h) / n, 1e-30)
-    h = h / mean + damping * jnp.eye(n)
-    h = jnp.eye(padded).at[:n, :n].set(h)
-    # H⁻¹ = UᵀU with U upper: invert the Cholesky factor of the reversed matrix.
-    lower = jnp.linalg.cholesky(h[::-1, ::-1])
-    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(padded), lower=True)
-    u = inverse[::-1, ::-1]
+    u = inverse_factor(second_moment, padded, damping)
     cost = 1.0 / jnp.diagonal(u) ** 2
     w = jnp.pad(rows.astype(jnp.float32), ((0, 0), (0, padded - n)))
     whole_row = None

@@ -44,6 +44,7 @@ class Prices:
       menu: what kernels were offered.
       unit: of losses.
       scales: {"kernels", "table"}: what predictions are multiplied by, after a check against real losses.
+      table_weight: what the table's losses count beside those of kernels in a choice.
     """
 
     kernels: Mapping[str, list[Offer]]
@@ -51,6 +52,7 @@ class Prices:
     menu: Menu
     unit: str
     scales: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"kernels": 1.0, "table": 1.0})
+    table_weight: float = 1.0
 
     def offers(self) -> dict[str, list[Offer]]:
         """All offers, the losses scaled."""
@@ -190,6 +192,8 @@ def solve(prices: Prices, target: Target, *, rest: int = 0, flops: int = 0) -> S
         address: undominated(found, cost) for address, found in offers.items() if cost == "bytes" or address != TOKEN
     }
     losses, costs = by_label_number(offers, "loss"), by_label_number(offers, cost)
+    if TOKEN in losses and target.kind != "loss":
+        losses[TOKEN] = {number: loss * prices.table_weight for number, loss in losses[TOKEN].items()}
     if target.kind == "loss":
         chosen = within_loss(losses, costs, target.value)
     else:

@@ -90,6 +90,25 @@ class LowRank(nn.Module):
         return matmul(take(self.left, ids), self.right)
 
 
+class Adapted(nn.Module):
+    """W = base + scale·delta, each in a format of its own."""
+
+    def __init__(self, spec, shape, table):
+        super().__init__()
+        self.scale = spec.get("scale", 1.0)
+        self.base = build(spec.get("base"), shape, table)
+        self.delta = build(spec.get("delta"), shape, table)
+
+    def forward(self, x):
+        return matmul(x, self.base) + self.scale * matmul(x, self.delta)
+
+    def attend(self, x):
+        return attend(x, self.base) + self.scale * attend(x, self.delta)
+
+    def take(self, ids):
+        return take(self.base, ids) + self.scale * take(self.delta, ids)
+
+
 class Rows(nn.Module):
     """A matrix held as coded rows: the rows of a table, or the outputs of a kernel (so that W is rowsᵀ).
 
@@ -161,6 +180,74 @@ class Banded(Rows):
             parts.append((unpack(codes, bits, columns) - OFFSET[bits]) * self.STEP[bits] if bits else zeros)
             start += width
         return torch.cat(parts, -1) * scale.float()
+
+
+class Kept(nn.Module):
+    """A matrix of which some entries are stored: their values are a table, or a kernel, dense or quantized."""
+
+    def __init__(self, shape, table):
+        super().__init__()
+        self.table = table
+        self.rows, self.columns = shape if table else shape[::-1]
+
+    def store(self, spec, held):
+        """Makes the matrix of values; `held` is its shape in a table."""
+        self.values = build(spec.get("values"), held if self.table else held[::-1], self.table)
+
+    def stored(self):
+        """The values as they lie in a table."""
+        values = self.values.matrix(torch.float32) if isinstance(self.values, nn.Module) else self.values.float()
+        return values if self.table else values.T
+
+    def decode(self, ids):
+        """The rows `ids` in float32."""
+        raise NotImplementedError
+
+    def matrix(self, x):
+        """W, [n, m], for an x to multiply it by."""
+        rows = self.decode(torch.arange(self.rows, device=x.device)).to(x.dtype)
+        return rows if self.table else rows.T
+
+    def forward(self, x):
+        return x @ self.matrix(x)
+
+    def attend(self, x):
+        return x @ self.matrix(x).T
+
+    def take(self, ids):
+        return self.decode(ids)
+
+
+class Sparse(Kept):
+    """One bit for every entry, and the values of the kept ones, row after row, in blocks of 64."""
+
+    def __init__(self, spec, shape, table):
+        super().__init__(shape, table)
+        self.store(spec, (-(-spec["kept"] // 64), 64))
+        self.register_buffer("mask", torch.zeros(self.rows, packed_width(self.columns, 1), dtype=torch.uint8))
+
+    def decode(self, ids):
+        counts = unpack(self.mask, 1, self.columns).sum(-1)
+        kept = unpack(self.mask[ids], 1, self.columns).long()
+        places = (counts.cumsum(0) - counts)[ids][..., None] + kept.cumsum(-1) - 1
+        return self.stored().reshape(-1)[places.clamp(min=0)] * kept
+
+
+class SemiStructured(Kept):
+    """N of every M neighbours in a row, each with its place among them."""
+
+    def __init__(self, spec, shape, table):
+        super().__init__(shape, table)
+        self.n, self.m = spec["n"], spec["m"]
+        self.bits, self.kept = (self.m - 1).bit_length(), self.columns // self.m * self.n
+        self.store(spec, (self.rows, self.kept))
+        places = torch.zeros(self.rows, packed_width(self.kept, self.bits), dtype=torch.uint8)
+        self.register_buffer("places", places)
+
+    def decode(self, ids):
+        values = self.stored()[ids].unflatten(-1, (-1, self.n))
+        places = unpack(self.places[ids], self.bits, self.kept).long().unflatten(-1, (-1, self.n))
+        return values.new_zeros(*values.shape[:-1], self.m).scatter(-1, places, values).flatten(-2)
 
 
 class Bucketed(nn.Module):
@@ -429,9 +516,12 @@ KINDS = {
     "dense": dense,
     "low_rank": LowRank,
     "basis": basis,
+    "adapted": Adapted,
     "quantized": Quantized,
     "banded": Banded,
     "bucketed": Bucketed,
+    "sparse": Sparse,
+    "semi_structured": SemiStructured,
     "tensor_train": TensorTrain,
     "cp": CP,
     "tucker": Tucker,

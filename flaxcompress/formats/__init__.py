@@ -1,5 +1,6 @@
 """Weight formats: how a matrix is stored and multiplied. A new format is one file and one import here."""
 
+from flaxcompress.formats.adapted import Adapted, AdaptedSpec
 from flaxcompress.formats.banded import Banded, BandedSpec
 from flaxcompress.formats.base import (
     DenseSpec,
@@ -29,13 +30,18 @@ from flaxcompress.formats.cp import CP, CPSpec
 from flaxcompress.formats.decomposed import Decomposed, DecomposedSpec
 from flaxcompress.formats.fake_quantized import FakeQuantized, thaw
 from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank, rank_for
+from flaxcompress.formats.masked import Masked, MaskedRows, MaskedSpec, unpacked
 from flaxcompress.formats.quantized import Quantized, QuantizedSpec
-from flaxcompress.formats.rows import RowFormat, RowSpec
+from flaxcompress.formats.rows import RowFormat, RowSpec, TrainingForm
+from flaxcompress.formats.semi_structured import SemiStructured, SemiStructuredSpec
+from flaxcompress.formats.sparse import Sparse, SparseSpec
 from flaxcompress.formats.tensor_train import TensorTrain, TensorTrainSpec
 from flaxcompress.formats.tucker import Tucker, TuckerSpec
 
 __all__ = [
     "CP",
+    "Adapted",
+    "AdaptedSpec",
     "Banded",
     "BandedSpec",
     "Basis",
@@ -50,14 +56,22 @@ __all__ = [
     "Format",
     "LowRank",
     "LowRankSpec",
+    "Masked",
+    "MaskedRows",
+    "MaskedSpec",
     "Quantized",
     "QuantizedSpec",
     "RowFormat",
     "RowSpec",
+    "SemiStructured",
+    "SemiStructuredSpec",
+    "Sparse",
+    "SparseSpec",
     "Spec",
     "TensorTrain",
     "TensorTrainSpec",
     "Tier",
+    "TrainingForm",
     "Tucker",
     "TuckerSpec",
     "attend",
@@ -80,4 +94,5 @@ __all__ = [
     "take_flops",
     "thaw",
     "to_tensors",
+    "unpacked",
 ]

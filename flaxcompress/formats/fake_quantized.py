@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flaxcompress.formats.rows import RowFormat, RowSpec
+from flaxcompress.formats.rows import RowFormat, RowSpec, TrainingForm
 
 
 @flax.struct.dataclass
-class FakeQuantized(RowFormat):
+class FakeQuantized(TrainingForm):
     """`latent` [rows, n] and `log_scale` [rows, groups], float32; rounds as `target` says, in `bits` bits.
 
     Scales are trained as the logarithm of their ratio to where they started: one learning rate then suits them all,

@@ -51,6 +51,14 @@ class RowFormat(Format):
         return rows.swapaxes(-1, -2) if self.transposed else rows
 
 
+class TrainingForm(RowFormat):
+    """What training changes in a stored format's stead: float rows that compute the same."""
+
+    def freeze(self) -> RowFormat:
+        """The stored format of the values as they are now."""
+        raise NotImplementedError(f"{type(self).__name__}.freeze")
+
+
 class Levels(NamedTuple):
     """Per column, or for all: the spacing of the levels, the largest level, and 0.5 where levels are half-integers."""
 

@@ -1,4 +1,4 @@
-"""What training changes: integer formats become trainable ones for the time being, and back.
+"""What training changes: integer and sparse formats become trainable ones for the time being, and back.
 
 {"embedding/token": LowRank(left=Banded(uint8 …), …)}  ⇄  {"embedding/token": LowRank(left=FakeQuantized(float32 …), …)}
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import tree
-from flaxcompress.formats import FakeQuantized, Format, RowFormat, map_parts, thaw
+from flaxcompress.formats import Format, MaskedRows, RowFormat, TrainingForm, map_parts, thaw, unpacked
 from flaxcompress.model import Model
 
 
@@ -34,7 +34,9 @@ def thaw_model(model: Model, original: Model | None = None) -> Any:
 
 def thaw_matrix(node: Any, source: np.ndarray | None = None) -> Any:
     """One matrix of `thaw_model`; `source` are its unrounded values."""
-    if isinstance(node, RowFormat):
+    if isinstance(node, MaskedRows) and not isinstance(node.values, Format):
+        return unpacked(node)
+    if isinstance(node, RowFormat) and not node.parts():
         return thaw(node, source.T if source is not None and node.transposed else source)
     if isinstance(node, Format) and node.parts():
         parts = node.parts()
@@ -46,7 +48,7 @@ def thaw_matrix(node: Any, source: np.ndarray | None = None) -> Any:
 
 def _freeze(node: Any, table: bool) -> Any:
     del table
-    return node.freeze() if isinstance(node, FakeQuantized) else node
+    return node.freeze() if isinstance(node, TrainingForm) else node
 
 
 def freeze_model(params: Any, model: Model) -> Model:
