@@ -460,5 +460,5 @@ def test_a_budget_above_everything_is_refused(model, context):
 def test_repair_needs_the_originals_shape(model, context):
     narrow = applied(fc.NystromFeedForward(keep=0.5), model, context)
     narrow = applied(fc.Quantize(bits=4, rounding="nearest"), narrow, context)
-    with pytest.raises(ValueError, match="the original has no layers/0/feed_forward/.*repair before that step"):
+    with pytest.raises(ValueError, match=r"the original has no layers/0/feed_forward/.*repair before that step"):
         applied(fc.Repair(rank=2), narrow, context)
