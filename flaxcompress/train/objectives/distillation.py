@@ -45,9 +45,15 @@ def logits_term(
     return Term((divergence * weights).sum() * temperature**2, weights.sum())
 
 
+def logit_error_term(student: Float[Array, "*B V"], teacher: Float[Array, "*B V"], mask: Bool[Array, "*B"]) -> Term:
+    """Mean squared difference of the logits (Ba & Caruana 2014), over the real tokens."""
+    weights = mask.astype(jnp.float32)
+    return Term((jnp.square(student - teacher).mean(-1) * weights).sum(), weights.sum())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distill(Objective):
-    """The weighted sum of three terms; a weight of 0 leaves one out.
+    """The weighted sum of the terms; a weight of 0 leaves one out.
 
     Attributes:
       teacher: the model to learn from; it does not change.
@@ -56,7 +62,8 @@ class Distill(Objective):
       layers: the teacher's layer, counted from 0, whose output each of the student's layers is to give; (): the layers
         of the same number, of as many.
       logits: weight of KL(teacher‖student) of the heads' logits, where both models have a head.
-      temperature: that the logits are divided by.
+      logit_error: weight of the logits' mean squared difference.
+      temperature: that the logits are divided by in the divergence.
     """
 
     dropout: bool = False
@@ -64,15 +71,17 @@ class Distill(Objective):
     cosine: float = 1.0
     hidden: float = 1.0
     logits: float = 1.0
+    logit_error: float = 0.0
     temperature: float = 1.0
     layers: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("cosine", "hidden", "logits"):
+        weights = ("cosine", "hidden", "logits", "logit_error")
+        for name in weights:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"distill: {name} must not be negative, got {getattr(self, name)}")
-        if not (self.cosine or self.hidden or self.logits):
-            raise ValueError("distill: cosine, hidden and logits are all 0, so there is nothing to learn")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"distill: {', '.join(weights[:-1])} and {weights[-1]} are all 0: nothing is learned")
         object.__setattr__(self, "layers", tuple(self.layers))
         if unknown := [layer for layer in self.layers if not 0 <= layer < self.teacher.config.layers]:
             raise ValueError(f"distill: the teacher has {self.teacher.config.layers} layers, and no layer {unknown[0]}")
@@ -94,6 +103,7 @@ class _Distill(Objective):
     cosine: float
     hidden: float
     logits: float
+    logit_error: float
     temperature: float
     layers: tuple[int, ...]
 
@@ -111,7 +121,7 @@ class _Distill(Objective):
                 "cannot be compared; use cosine=0"
             )
         heads = (student.head, teacher.head)
-        with_logits = self.logits > 0 and "none" not in heads
+        with_logits = (self.logits > 0 or self.logit_error > 0) and "none" not in heads
         need = {"need_hidden_states": self.hidden > 0, "need_logits": with_logits}
         s = run(batch, **need)
         t = jax.lax.stop_gradient(Run(constants, teacher, run.dtype)(batch, **need))
@@ -132,8 +142,12 @@ class _Distill(Objective):
                 counted = batch["labels"] != IGNORED
             else:
                 counted = mask if ours.ndim == mask.ndim + 1 else mask.any(1)
-            found = logits_term(ours.astype(jnp.float32), theirs.astype(jnp.float32), counted, self.temperature)
-            terms["logits"] = found._replace(scale=self.logits)
+            ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+            if self.logits:
+                found = logits_term(ours, theirs, counted, self.temperature)
+                terms["logits"] = found._replace(scale=self.logits)
+            if self.logit_error:
+                terms["logit_error"] = logit_error_term(ours, theirs, counted)._replace(scale=self.logit_error)
         return terms
 
 

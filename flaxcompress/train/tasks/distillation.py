@@ -14,6 +14,8 @@ from flaxcompress.train.objectives import Distill
 from flaxcompress.train.tasks.base import Task, integers, token_shapes
 from flaxcompress.train.tasks.data import TextData
 
+_SETTINGS = ("cosine", "hidden", "logits", "logit_error", "temperature", "layers")
+
 
 class _Data(TextData):
     def _batches(self, assets, model, *, validation, **options):
@@ -30,7 +32,8 @@ class DistillTask(Task):
 
     Attributes:
       teacher: a folder, a hub id, or minilm.
-      cosine, hidden, logits, temperature, layers: the loss's terms, see `Distill`.
+      cosine, hidden, logits, logit_error, temperature, layers: the loss's terms, see `Distill`. The classic
+        ½·(KL + λ·MSE) of logits is cosine: 0, hidden: 0, logits: 0.5, logit_error: λ/2.
     """
 
     name: ClassVar[str] = "distill"
@@ -40,6 +43,7 @@ class DistillTask(Task):
     cosine: float = 1.0
     hidden: float = 1.0
     logits: float = 1.0
+    logit_error: float = 0.0
     temperature: float = 1.0
     layers: tuple[int, ...] = ()
 
@@ -51,7 +55,7 @@ class DistillTask(Task):
         return _Data(self, files, training)
 
     def objective(self, z_loss):
-        weights = {name: getattr(self, name) for name in ("cosine", "hidden", "logits", "temperature", "layers")}
+        weights = {name: getattr(self, name) for name in _SETTINGS}
         return Distill(teacher=load(self.teacher), **weights)
 
     def shapes(self, rows, length, model):
