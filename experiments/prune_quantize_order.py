@@ -1,9 +1,9 @@
 """How much do pruning and rounding lose on trained decoders, by method, without healing?
 
-Question: of the kernels in the layers of two llama2.c checkpoints, half of the weights or 2 of every 4 are left (Wanda and
-SparseGPT go through the layers on what the pruned ones before give), or all are stored in few bits in groups of 32,
-with and without a repair of rank 8. Perplexity on the last 100 of 2,316 TinyStories; statistics come from 256 of the
-others. Is the order of the papers there: magnitude, Wanda, SparseGPT; nearest, GPTQ, repaired?
+Question: of the kernels in the layers of two llama2.c checkpoints, half of the weights or 2 of every 4 are left (Wanda
+and SparseGPT go through the layers on what the pruned ones before give), or all are stored in few bits in groups of
+32, with and without a repair of rank 8. Perplexity on the last 100 of 2,316 TinyStories; statistics come from 256 of
+the others. Is the order of the papers there: magnitude, Wanda, SparseGPT; nearest, GPTQ, repaired?
 
 Commands (results are added to experiments/prune_quantize_order.json):
 
@@ -44,11 +44,11 @@ line on a shared core):
           GPTQ                       0.100    5.89        0.403   2.49
           GPTQ, whitened repair      0.192    5.08        0.590   2.45
 
-The order holds at 2:4, in 4 and in 3 bits, and at 50 % on stories260K. On babyllama105 at 50 % Wanda is behind magnitude,
-because it takes as much from every output and magnitude does not: among the weights of an output alone magnitude is
-worse (10.44), among those of a whole matrix Wanda is better (6.56). Comparing weights of different matrices by size does
-harm. A repair of rank 8 is large beside matrices 64 or 128 wide; there 4 bits with GPTQ are the better use of bytes than
-3 bits with a repair.
+The order holds at 2:4, in 4 and in 3 bits, and at 50 % on stories260K. On babyllama105 at 50 % Wanda is behind
+magnitude, because it takes as much from every output and magnitude does not: among the weights of an output alone
+magnitude is worse (10.44), among those of a whole matrix Wanda is better (6.56). Comparing weights of different
+matrices by size does harm. A repair of rank 8 is large beside matrices 64 or 128 wide; there 4 bits with GPTQ are the
+better use of bytes than 3 bits with a repair.
 """
 
 from __future__ import annotations
@@ -188,6 +188,7 @@ def plot() -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     held = json.loads(RESULTS.read_text("utf-8"))
     size = (6.5 * len(held), 2.2 * len(PANELS))
@@ -197,8 +198,13 @@ def plot() -> None:
             shown = list(methods)[::-1]
             axes.plot([entry[f"{panel}; {method}"]["perplexity"] for method in shown], shown, "o")
             axes.axvline(entry["original"]["perplexity"], color="0.6", linestyle=":")
-            axes.set(xscale="log", title=f"{name}, {panel} (dotted: whole)", xlabel="perplexity on held-back stories")
-            axes.grid(axis="x", alpha=0.3, which="both")
+            axes.set(title=f"{name}, {panel} (dotted: whole)", xlabel="perplexity on held-back stories")
+            axes.grid(axis="x", alpha=0.3)
+            if "bits" not in panel:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(HERE / "prune_quantize_order.png", dpi=110)
 
 
