@@ -34,10 +34,11 @@ from flaxcompress.config import Deltas, ModelConfig, Rotary, Sharing
 from flaxcompress.data import CalibrationText, calibration_text
 from flaxcompress.decoding import Constraint, Generated
 from flaxcompress.evaluate import Report, evaluate, profile
-from flaxcompress.export import export
+from flaxcompress.export import export, load_adapter
 from flaxcompress.folder import load, save
 from flaxcompress.heads import with_head
 from flaxcompress.lexicon import with_lexicon
+from flaxcompress.lora import merged, with_lora, without_lora
 from flaxcompress.model import Model, ModelOutput
 from flaxcompress.nn import register_head
 from flaxcompress.terms import Terms
@@ -99,10 +100,14 @@ __all__ = [
     "export",
     "fit",
     "load",
+    "load_adapter",
     "make_mesh",
+    "merged",
     "profile",
     "register_head",
     "save",
     "with_head",
     "with_lexicon",
+    "with_lora",
+    "without_lora",
 ]

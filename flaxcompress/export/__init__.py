@@ -6,17 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flaxcompress.config import closest
+from flaxcompress.export.peft import export_peft, load_adapter
 from flaxcompress.export.torch import check_folder, export_dense
 from flaxcompress.model import Model
 
-FORMATS: dict[str, Callable[..., Path]] = {"torch-dense": export_dense}
+FORMATS: dict[str, Callable[..., Path]] = {"torch-dense": export_dense, "peft": export_peft}
 
 
 def export(model: Model, out: str | Path, *, format: str = "torch-dense", overwrite: bool = False) -> Path:
     """Writes `model` to the folder `out` in one of `FORMATS`, whole or not at all.
 
     Args:
-      format: "torch-dense", a stock Hugging Face folder (see `export_dense`).
+      format: "torch-dense", a stock Hugging Face folder (see `export_dense`), or "peft", its adapters alone (see
+        `export_peft`).
       overwrite: replaces a folder that exists and is not empty.
 
     Raises:
@@ -27,4 +29,4 @@ def export(model: Model, out: str | Path, *, format: str = "torch-dense", overwr
     return FORMATS[format](model, out, overwrite=overwrite)
 
 
-__all__ = ["FORMATS", "check_folder", "export", "export_dense"]
+__all__ = ["FORMATS", "check_folder", "export", "export_dense", "export_peft", "load_adapter"]

@@ -77,7 +77,8 @@ def fit(
       mesh: from `make_mesh`; None for one device.
       out: a folder (or "gs://…") for checkpoints; None: none are written.
       optimizer: settings, or an optax transformation; None: AdamW as `Optimizer` has it.
-      trainable: a pattern of addresses: what it does not match in full stays as it is.
+      trainable: a pattern of addresses or names of tensors (see `partition`): what it does not match in full stays as
+        it is, and has no optimizer state. `flaxcompress.lora.TRAINABLE` is what `with_lora` added.
       original: where it has a quantized matrix unrounded, training starts from that.
       accumulate: microbatches per step; the gradient is the whole batch's.
       remat: what the backward pass computes again: "dots" (all but products with weights), which saves memory and,
@@ -131,7 +132,7 @@ def fit(
     sign = 1.0 if best_mode == "min" else -1.0
     try:
         params = train(
-            thaw_model(model, original),
+            thaw_model(model, original, trainable),
             data,
             recipe,
             steps=steps,

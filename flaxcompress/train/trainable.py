@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -12,24 +13,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import tree
-from flaxcompress.formats import Format, MaskedRows, RowFormat, TrainingForm, map_parts, thaw, unpacked
+from flaxcompress.formats import (
+    Adapted,
+    Format,
+    MaskedRows,
+    RowFormat,
+    TrainingForm,
+    map_parts,
+    thaw,
+    to_tensors,
+    unpacked,
+)
 from flaxcompress.model import Model
 
 
-def thaw_model(model: Model, original: Model | None = None) -> Any:
+def thaw_model(model: Model, original: Model | None = None, pattern: str = ".*") -> Any:
     """Trainable parameters that compute what `model` does; float storage becomes float32.
 
     Args:
       original: where it has the same dense matrix, the unrounded weights stay as latents inside their level's interval.
+      pattern: what will be trained, as `partition` takes it: other matrices stay in their format, rounded ones too.
     """
     dense = {} if original is None else tree.View(original.params)
     out = {}
     for address, node in tree.flatten(model.params).items():
+        if not _trains(node, address, pattern):
+            out[address] = node
+            continue
         source = dense.get(address)
         if isinstance(source, Format) or (source is not None and tuple(source.shape) != tuple(node.shape)):
             source = None
-        out[address] = thaw_matrix(node, None if source is None else np.asarray(source, np.float32))
+        source = None if source is None else np.asarray(source, np.float32)
+        if isinstance(node, Adapted) and not re.fullmatch(
+            pattern, address
+        ):  # what stays as it is may be the large part
+            parts = {"base": node.base, "delta": node.delta}
+            thawed = (thaw_matrix(n) if _trains(n, f"{address}.{name}", pattern) else n for name, n in parts.items())
+            out[address] = node.with_parts(list(thawed))
+        else:
+            out[address] = thaw_matrix(node, source)
     return tree.unflatten(out)
+
+
+def _trains(node: Any, address: str, pattern: str) -> bool:
+    """Whether the pattern matches the address, or the name of one of the matrix's tensors."""
+    return any(re.fullmatch(pattern, name) for name in (address, *to_tensors(node, address)))
 
 
 def thaw_matrix(node: Any, source: np.ndarray | None = None) -> Any:
@@ -61,7 +89,11 @@ def freeze_model(params: Any, model: Model) -> Model:
 
 
 def partition(params: Any, pattern: str = ".*") -> tuple[Any, Any]:
-    """(trainable, frozen): the float leaves whose addresses match, and all others; None where the other tree has one.
+    """(trainable, frozen): the float leaves that match, and all others; None where the other tree has one.
+
+    Args:
+      pattern: matches the address of a matrix in full, or the names of some of its tensors: `.*\\.delta\\..*` is what
+        is added to matrices, not these themselves.
 
     Raises ValueError for a pattern that matches nothing, or some of the layers that are stacked but not all of them.
     """
@@ -73,19 +105,24 @@ def partition(params: Any, pattern: str = ".*") -> tuple[Any, Any]:
 
 
 def _matching(params: Any, pattern: str) -> Any:
-    """Whether the address of each leaf's matrix matches."""
+    """Whether each leaf's name, or its matrix's address, matches."""
     view = tree.View(params)
-    chosen = set(tree.select(view, pattern, where="trainable"))
-    found: dict[int, set[bool]] = {}
+    names = {address: list(to_tensors(view[address], address)) for address in view}
+    chosen = set(tree.select(dict.fromkeys(n for a in view for n in (a, *names[a])), pattern, where="trainable"))
+    found: dict[int, set[tuple[bool, ...]]] = {}
     for address in view:
-        found.setdefault(id(view.stacked(address)), set()).add(address in chosen)
+        answers = tuple(address in chosen or name in chosen for name in names[address])
+        found.setdefault(id(view.stacked(address)), set()).add(answers)
     if any(len(answers) > 1 for answers in found.values()):
         raise ValueError(
             f"trainable: {pattern!r} matches some weight sets of a stack of layers, but not all; layers that are "
             r"stacked train together: write layers/\d+/…"
         )
     is_matrix = lambda node: id(node) in found  # noqa: E731
-    answer = lambda node: jax.tree.map(lambda _: next(iter(found[id(node)])), node)  # noqa: E731
+
+    def answer(node: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(node), next(iter(found[id(node)])))
+
     return jax.tree.map(answer, params, is_leaf=is_matrix)
 
 
