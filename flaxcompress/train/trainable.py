@@ -44,9 +44,7 @@ def thaw_model(model: Model, original: Model | None = None, pattern: str = ".*")
         if isinstance(source, Format) or (source is not None and tuple(source.shape) != tuple(node.shape)):
             source = None
         source = None if source is None else np.asarray(source, np.float32)
-        if isinstance(node, Adapted) and not re.fullmatch(
-            pattern, address
-        ):  # what stays as it is may be the large part
+        if isinstance(node, Adapted) and not re.fullmatch(pattern, address):  # the base may be large, and stay
             parts = {"base": node.base, "delta": node.delta}
             thawed = (thaw_matrix(n) if _trains(n, f"{address}.{name}", pattern) else n for name, n in parts.items())
             out[address] = node.with_parts(list(thawed))
