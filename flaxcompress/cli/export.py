@@ -68,6 +68,5 @@ class Export(Verb):
             table.add_column(header, justify="right")
         table.add_column("written to")
         table.add_row(f"{before / 1e6:,.2f}", f"{after / 1e6:,.2f}", Text(str(self.out)))
-        return with_caption(
-            table, check.outcome if self.format != "peft" else "an adapter, for the model it was made on"
-        )
+        outcome = "an adapter, for the model it was made on" if self.format == "peft" else check.outcome
+        return with_caption(table, outcome)
