@@ -139,7 +139,7 @@ def trained(model, trainable, steps=3):
     return head, after
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_training_changes_adapters_and_head_alone(model, bits):
     """Over integers, too: QLoRA."""
     base = model
@@ -206,6 +206,7 @@ def test_peft_computes_the_same_from_our_folder(model, folder, settings, tmp_pat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again.params, whole.params)
 
 
+@pytest.mark.slow
 def test_peft_computes_the_same_with_a_trained_head(model, folder, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -310,6 +310,7 @@ def test_all_matrices_together_lose_the_share_asked_for(model, context):
     assert kept.min() >= np.concatenate(gone).max()
 
 
+@pytest.mark.slow
 def test_factors_of_a_kernel_and_of_the_table_are_pruned(model, context):
     first = applied(fc.LowRank(KERNELS, rank=8), model, context)
     first = applied(fc.FactorizeEmbedding(rank=16), first, context)
@@ -343,7 +344,14 @@ def test_healing_keeps_the_masks(model, context):
     jax.tree.map(np.testing.assert_array_equal, same.params, pruned.params)
 
 
-@pytest.mark.parametrize("step", [fc.Quantize(bits=2, pattern=KERNELS, rounding="nearest"), fc.Prune(sparsity=0.8)])
+@pytest.mark.parametrize(
+    "step",
+    [
+        fc.Quantize(bits=2, pattern=KERNELS, rounding="nearest"),
+        pytest.param(fc.Prune(sparsity=0.8), marks=pytest.mark.slow),
+    ],
+    ids=["rounded", "pruned"],
+)
 def test_repair_brings_the_outputs_nearer(model, context, step):
     small = applied(step, model, context)
     whole = applied(fc.Repair(rank=8, dtype="float32"), small, context)
