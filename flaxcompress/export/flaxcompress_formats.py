@@ -196,7 +196,7 @@ class Kept(nn.Module):
 
     def stored(self):
         """The values as they lie in a table."""
-        values = self.values.matrix(torch.float32) if isinstance(self.values, nn.Module) else self.values.float()
+        values = self.values.matrix(torch.float32) if isinstance(self.values, nn.Module) else self.values.float()  # type: ignore
         return values if self.table else values.T
 
     def decode(self, ids):
@@ -228,7 +228,7 @@ class Sparse(Kept):
 
     def decode(self, ids):
         counts = unpack(self.mask, 1, self.columns).sum(-1)
-        kept = unpack(self.mask[ids], 1, self.columns).long()
+        kept = unpack(self.mask[ids], 1, self.columns).long()  # type: ignore
         places = (counts.cumsum(0) - counts)[ids][..., None] + kept.cumsum(-1) - 1
         return self.stored().reshape(-1)[places.clamp(min=0)] * kept
 
@@ -246,7 +246,7 @@ class SemiStructured(Kept):
 
     def decode(self, ids):
         values = self.stored()[ids].unflatten(-1, (-1, self.n))
-        places = unpack(self.places[ids], self.bits, self.kept).long().unflatten(-1, (-1, self.n))
+        places = unpack(self.places[ids], self.bits, self.kept).long().unflatten(-1, (-1, self.n))  # type: ignore
         return values.new_zeros(*values.shape[:-1], self.m).scatter(-1, places, values).flatten(-2)
 
 

@@ -13,7 +13,7 @@ import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from flaxcompress.formats.base import DenseSpec, Format, Spec, parse_spec
 from flaxcompress.formats.rows import RowFormat, TrainingForm
@@ -56,8 +56,11 @@ class MaskedSpec(Spec):
         """How dense values are stored."""
         return self.values.dtype if isinstance(self.values, DenseSpec) else "float32"
 
-    def pack(self, rows: Float[Array, "r n"], kept: Bool[Array, "r n"], *, transposed: bool) -> MaskedRows:
-        """The entries of `rows` that `kept` marks, as many as the spec says, their values dense."""
+    def pack(self, rows: Any, kept: Any, *, transposed: bool) -> MaskedRows:
+        """The entries of rows [r, n] that `kept` [r, n] marks, as many as the spec says; values are stored dense.
+
+        Both are of numpy or both of JAX.
+        """
         raise NotImplementedError(f"{type(self).__name__}.pack")
 
 

@@ -132,7 +132,7 @@ class SemiStructuredSpec(MaskedSpec):
         return columns // self.m * self.n
 
     def pack(self, rows, kept, *, transposed):
-        xp = np if isinstance(rows, np.ndarray) else jnp
+        xp: Any = np if isinstance(rows, np.ndarray) else jnp
         self.kept_per_row(rows.shape[-1])
         grouped, marked = (x.reshape(*rows.shape[:-1], -1, self.m) for x in (rows, kept))
         places = xp.argsort(~marked, axis=-1, stable=True)[..., : self.n]

@@ -105,7 +105,7 @@ class SparseSpec(MaskedSpec):
             raise ValueError(f"sparse format: kept must be a positive integer, got {self.kept!r}")
 
     def pack(self, rows, kept, *, transposed):
-        xp = np if isinstance(rows, np.ndarray) else jnp
+        xp: Any = np if isinstance(rows, np.ndarray) else jnp
         where = jnp.nonzero(kept.reshape(-1), size=self.kept)[0] if xp is jnp else np.flatnonzero(kept)
         return Sparse(
             values=jnp.asarray(_in_blocks(rows.reshape(-1)[where], xp, transposed), self.values_dtype),
@@ -126,8 +126,8 @@ class SparseSpec(MaskedSpec):
         return rows * self.row_bytes(columns) + nbytes(values)
 
     def _values(self, key, initializer, *, table):
-        held = (blocks_of(self.kept), BLOCK)
-        return self.values.init(key, held if table else held[::-1], initializer, table=table)
+        blocks = blocks_of(self.kept)
+        return self.values.init(key, (blocks, BLOCK) if table else (BLOCK, blocks), initializer, table=table)
 
     def init(self, key, shape, initializer, *, table):
         rows, columns = shape if table else shape[::-1]
