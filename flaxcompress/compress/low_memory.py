@@ -172,6 +172,7 @@ def _run(
     begin = time.perf_counter()
     for group, changes in _all_groups(step.by_layer(config, weights, context), store):
         if group in entries:
+            del changes
             continue
         matrices = {a: changes[a] if a in changes else weights[a] for a in store.groups[group]}
         now = time.perf_counter()
@@ -182,6 +183,7 @@ def _run(
         }
         store.write(group, matrices, entries[group])
         begin = now
+        del changes, matrices
         context.spectra.clear()
         advance(note=f"{step.name}, {group}")
     return {group: entries[group] for group in store.groups}
@@ -195,6 +197,7 @@ def _all_groups(
     for group, change in changes:
         left.pop(group)
         yield group, change
+        del change  # not held while the next one is made
     yield from ((group, {}) for group in left)
 
 

@@ -125,7 +125,10 @@ class LowRank(LayerStep):
     def by_layer(self, config: ModelConfig, weights: Mapping[str, Any], context: Context) -> Iterator[Changes]:
         ranks = self._ranks(abstract_flat(config))
         for group, fitted in self._fitted(config, weights, context, dict(ranks), {}):
-            yield group, self._noted(fitted, ranks, context)
+            changes = self._noted(fitted, ranks, context)
+            del fitted  # the next layer is not waited for with this one in memory
+            yield group, changes
+            del changes
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         if context.low_memory:

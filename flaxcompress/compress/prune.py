@@ -226,6 +226,7 @@ class Prune(LayerStep):
                         changes[address] = self._matrix(weights[address], address, stage.moments, None)
                         walk.exchanged[address] = changes[address]
                 yield group, changes
+                del changes  # not held while the walk goes on
         for group in list(alone):
             yield group, pruned(group)
 

@@ -213,6 +213,7 @@ class Quantize(LayerStep):
                         changes[address] = node.replace(right=right)
                         walk.exchanged[address] = LowRank(left=left, right=right)
                 yield group, changes
+                del changes  # not held while the walk goes on
         for group in list(alone):
             yield group, rounded(group)
 
