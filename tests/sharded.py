@@ -50,6 +50,15 @@ FORMATS = {  # {name: {pattern: spec}}
     "quantized": {_KERNEL: INT4, _TABLE: INT8},
     "quantized-low_rank": {_KERNEL: _low_rank(8, INT8, INT4), _TABLE: _low_rank(16, INT4, INT8)},
     "banded": {_TABLE: _low_rank(16, _BANDED, INT8)},
+    "sparse": {
+        _KERNEL: {"kind": "sparse", "kept": 300, "values": DENSE},
+        _TABLE: {"kind": "sparse", "kept": 600, "values": INT8},
+    },
+    "semi_structured": {
+        _KERNEL: {"kind": "semi_structured", "n": 2, "m": 4, "values": DENSE},
+        _TABLE: {"kind": "semi_structured", "n": 1, "m": 2, "values": INT8},
+    },
+    "adapted": {_KERNEL: {"kind": "adapted", "base": INT4, "delta": _low_rank(4), "scale": 0.5}},
     "bucketed": {
         _TABLE: {
             "kind": "bucketed",
