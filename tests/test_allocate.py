@@ -246,22 +246,6 @@ def test_smaller_sizes_are_predicted_to_lose_more():
     assert losses == sorted(losses)
 
 
-def test_a_healing_that_follows_weighs_losses():
-    """The choice is the best by what healing leaves of the losses; what it predicts is the loss before."""
-    size, plain = int(trimmed().nbytes * 0.5), prices()
-    weights = {"table": 1.0, "feed_forward": 10.0, "attention": 0.1}
-    choices = {}
-    for name, given in (("plain", plain), ("weighed", dataclasses.replace(plain, weights=weights))):
-        ((_, choices[name]),) = allocated_sizes(given, [size], trimmed().config)
-    weighed = dataclasses.replace(plain, weights=weights)
-    counted = {n: sum(weighed.weight(a) * o.loss for a, o in s.chosen.items()) for n, s in choices.items()}
-    assert counted["weighed"] < counted["plain"] and choices["plain"].loss < choices["weighed"].loss
-    assert choices["weighed"].loss == pytest.approx(sum(o.loss for o in choices["weighed"].chosen.values()))
-    healing = fc.Recipe([fc.Quantize(), fc.Heal(steps=5)])
-    assert [s.healed for s in healing.with_target("3x", tiny()).steps if isinstance(s, Allocate)] == [True]
-    assert [s.healed for s in healing.with_heal_steps(0).with_target("3x", tiny()).steps[1:]] == [False]
-
-
 @pytest.mark.parametrize("target", quick(["4x", "15KB"], ["4x"]))
 def test_a_size_is_met_and_never_passed(target):
     step = Allocate(target=target, sentences=16, corrections=1)

@@ -22,7 +22,6 @@ from flaxcompress.compress.low_rank import LowRank
 from flaxcompress.compress.quantize import Quantize
 from flaxcompress.compress.solve import (
     ACTIONS,
-    LEFT_BY_HEALING,
     Prices,
     Solution,
     menu_of,
@@ -64,8 +63,9 @@ class Allocate(Step):
       actions: "bits" of kernels; "rank" of kernels; "table", tiers of the token table; "drop", whole layers left out;
         "tie", neighbouring layers that share their weights. A target of speed takes "rank" and "drop" alone.
       corrections: how often the choice may be made again.
-      healed: healing follows, where bytes or operations are the target: losses are weighed by what it leaves of them
-        (see `solve.LEFT_BY_HEALING`). Predicted losses stay those before it.
+      table_weight: what a loss through the token table counts beside one through kernels, where bytes or operations
+        are the target. Above 1 where healing follows, which brings kernels back further than a table, most of whose
+        rows it seldom reads (measured in experiments/one_budget.py).
       sentences: calibration sentences for what is measured.
     """
 
@@ -74,7 +74,7 @@ class Allocate(Step):
     target: str
     actions: tuple[Literal["bits", "rank", "table", "drop", "tie"], ...] = ACTIONS
     corrections: int = 2
-    healed: bool = False
+    table_weight: float = 1.0
     sentences: int = 96
 
     def __post_init__(self):
@@ -85,6 +85,8 @@ class Allocate(Step):
                 f"Allocate: corrections must be 0 or more and sentences at least 1, got {self.corrections} and "
                 f"{self.sentences}"
             )
+        if not 0 < self.table_weight < math.inf:
+            raise ValueError(f"Allocate: table_weight must be a positive number, got {self.table_weight}")
         parse_target(self.target, 2**62)  # its spelling
 
     def resolve(self, model: Model) -> Allocate:
@@ -132,7 +134,7 @@ class Allocate(Step):
         check_uncompressed(kernels, kernels, self.name)
         menu = menu_of(self.actions, parse_target(self.target, 2**62))
         found = price(model, context.need(self), self.actions, menu, progress=context.progress)
-        return dataclasses.replace(found, weights=LEFT_BY_HEALING if self.healed else {})
+        return dataclasses.replace(found, table_weight=self.table_weight)
 
     def predict(self, model: Model, context: Context, *, key: jax.Array) -> tuple[Structure, Solution]:
         """The first choice and its predicted loss, without running it; a structure's is measured.
@@ -165,7 +167,7 @@ class Allocate(Step):
             log.info("Allocate: predicted loss %.4g, measured %.4g (%s)", solution.loss, loss, answers.unit)
             size = storage.file_size(tensors_of(small))
             met = {"bytes": size <= target.value, "loss": loss <= target.value, "speed": True}[target.kind]
-            counted = _counted(prices, solution, table_loss - structure.loss, loss - structure.loss)
+            counted = loss + (self.table_weight - 1.0) * max(0.0, table_loss - structure.loss)
             if met and (best is None or (size < best.size if target.kind == "loss" else counted < best.counted)):
                 best = _Best(small, solution, size, counted, spectra)
             if best is not None and number >= self.corrections:
@@ -218,17 +220,8 @@ def _kernels(config: ModelConfig) -> dict[str, Any]:
     return {address: flat[address] for address in sorted(walked_kernels(config))}
 
 
-def _counted(prices: Prices, solution: Solution, table_loss: float, loss: float) -> float:
-    """A measured loss, weighed as the choice weighs it: the table's, and the kernels' by the mean of their weights."""
-    table_loss = min(max(table_loss, 0.0), loss)
-    kernels = {a: o.loss for a, o in solution.chosen.items() if a != TOKEN}
-    weighed = sum(prices.weight(a) * value for a, value in kernels.items())
-    mean = weighed / max(sum(kernels.values()), 1e-30) if kernels else 1.0
-    return prices.weight(TOKEN) * table_loss + mean * (loss - table_loss)
-
-
 class _Best(NamedTuple):
-    """The best of the runs that met the target; `counted` is its loss, weighed."""
+    """The best of the runs that met the target; `counted` is its loss with the table's weighted."""
 
     model: Model
     solution: Solution

@@ -30,9 +30,6 @@ from flaxcompress.model import Model, abstract_flat
 from flaxcompress.text import first_ordinary_token
 
 ACTIONS = ("bits", "rank", "table", "drop", "tie")
-# What healing leaves of a loss, by where it comes from, beside what it leaves of the token table's: attention comes
-# back best. From choices for all-MiniLM-L6-v2 in 9.05 MB, each healed for 200 steps (experiments/one_budget.py).
-LEFT_BY_HEALING = {"table": 1.0, "feed_forward": 2.0, "attention": 0.35}
 _ANCHOR = 3  # bits at which every kernel is measured, to scale its predictions
 _OTHERS_IN_8 = r"embedding/(position|segment)"
 
@@ -47,7 +44,7 @@ class Prices:
       menu: what kernels were offered.
       unit: of losses.
       scales: {"kernels", "table"}: what predictions are multiplied by, after a check against real losses.
-      weights: {"table", or a kernel's part: what its losses count in a choice}; 1 where nothing is said.
+      table_weight: what the table's losses count beside those of kernels in a choice.
     """
 
     kernels: Mapping[str, list[Offer]]
@@ -55,12 +52,7 @@ class Prices:
     menu: Menu
     unit: str
     scales: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"kernels": 1.0, "table": 1.0})
-    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def weight(self, address: str) -> float:
-        """What a loss through the matrix counts in a choice."""
-        at = tree.place(address)
-        return self.weights.get("table" if at is None else at.part, 1.0)
+    table_weight: float = 1.0
 
     def offers(self) -> dict[str, list[Offer]]:
         """All offers, the losses scaled."""
@@ -200,8 +192,8 @@ def solve(prices: Prices, target: Target, *, rest: int = 0, flops: int = 0) -> S
         address: undominated(found, cost) for address, found in offers.items() if cost == "bytes" or address != TOKEN
     }
     losses, costs = by_label_number(offers, "loss"), by_label_number(offers, cost)
-    if target.kind != "loss":
-        losses = {a: {i: prices.weight(a) * loss for i, loss in found.items()} for a, found in losses.items()}
+    if TOKEN in losses and target.kind != "loss":
+        losses[TOKEN] = {number: loss * prices.table_weight for number, loss in losses[TOKEN].items()}
     if target.kind == "loss":
         chosen = within_loss(losses, costs, target.value)
     else:
