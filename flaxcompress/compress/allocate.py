@@ -64,8 +64,7 @@ class Allocate(Step):
         "tie", neighbouring layers that share their weights. A target of speed takes "rank" and "drop" alone.
       corrections: how often the choice may be made again.
       table_weight: what a loss through the token table counts beside one through kernels, where bytes or operations
-        are the target. Above 1 where healing follows, which brings kernels back further than a table, most of whose
-        rows it seldom reads (measured in experiments/one_budget.py).
+        are the target. What healing leaves of either depends on how long it is (see experiments/one_budget.py).
       sentences: calibration sentences for what is measured.
     """
 

@@ -27,7 +27,6 @@ _SIZED = (
     "Allocate",
     "Heal",
 )  # steps that a target may replace, and healing
-_HEALED_TABLE_WEIGHT = 2.5  # see `Allocate.table_weight`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +166,7 @@ class Recipe:
             )
         heal = [s for s in self.steps if isinstance(s, Heal)]
         trim = Trim(positions="limit", pooler="unused", dtype="float16")
-        choose = Allocate(target=target, table_weight=_HEALED_TABLE_WEIGHT if any(s.steps for s in heal) else 1.0)
-        recipe = Recipe([trim, choose, *heal], f"{target}, chosen by predicted loss", self.scrambled)
+        recipe = Recipe([trim, Allocate(target=target), *heal], f"{target}, chosen by predicted loss", self.scrambled)
         recipe.plan(model)
         return recipe
 
