@@ -15,7 +15,8 @@ in float32, its second moments once, and 2 GB.
 
 Result, 2026-11-30, JAX 0.10.2 (17 layers, 1,004,607,488 parameters, one core): a peak of 2.35 GB against a bound of
 2.49 GB (layer 206 MB, statistics 177 MB). The process that was killed after 8 layers of the first step reached 2.30 GB
-in 300 s, the one that went on 2.35 GB in 500 s. A layer takes 38 to 42 s for both steps together. 4,018 MB in float32
+in 300 s, the one that went on 2.35 GB in 500 s. A layer takes 38 to 62 s for both steps
+together (median 40; other work shared the machine for a while). 4,018 MB in float32
 became 813 MB. Before the layer that is done was let go of while the next is made, the peak was 2.76 GB.
 """
 
