@@ -76,6 +76,11 @@ EQUAL = {
         fc.Trim(dtype="float16"),
         fc.Quantize(bits=4, sentences=40, pattern=KERNELS, overrides=(fc.BitsFor(pattern=r".*/query/kernel", bits=3),)),
     ),
+    "pruned": recipe(
+        fc.Prune(n_of_m="2:4", by="sparsegpt", sentences=40),
+        fc.Quantize(bits=8, pattern=r"layers/\d+/attention/.*/kernel|embedding/token", sentences=40),
+    ),
+    "wanda": recipe(fc.Prune(sparsity=0.5, sentences=40)),
     "tensors": recipe(
         fc.Tensorize(
             r"layers/[12]/feed_forward/.*/kernel", kind="tensor_train", keep=0.7, input_modes=2, whitened=False
