@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import flaxcompress as fc
-from flaxcompress import linalg, lora, tree
+from flaxcompress import cli, linalg, lora, tree
 from flaxcompress.compress import Context
 from flaxcompress.data.batches import StepBatches
 from flaxcompress.formats import Adapted, Quantized, materialize
@@ -220,6 +220,17 @@ def test_peft_computes_the_same_with_a_trained_head(model, folder, tmp_path):
     fresh = fc.load(folder, head="sequence_classification", classes=2, key=jax.random.key(9))
     again = fc.load_adapter(fresh, tmp_path / "adapter")
     close(again(IDS, IDS != 1).logits, after(IDS, IDS != 1).logits)
+
+
+def test_the_command_writes_the_adapter_alone(model, tmp_path, capsys):
+    fc.save(drawn(model), tmp_path / "adapted")
+    out = tmp_path / "adapter"
+    assert cli.main(["export", str(tmp_path / "adapted"), "--format", "peft", "--out", str(out)]) == 0
+    assert {file.name for file in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "report.json"}
+    assert "an adapter, for the model it was made on" in " ".join(capsys.readouterr().out.split())
+    assert set(lora.adapters(fc.load_adapter(model, out))) == set(lora.adapters(drawn(model)))
+    assert cli.main(["export", str(tmp_path / "adapted"), "--format", "pef", "--out", str(tmp_path / "no")]) == 2
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("rslora", [False, True])
