@@ -31,8 +31,8 @@ The choice is better at 16x and 23x, where healing is long and moves weights by 
 it is short and mild. Sizes are 0.1 to 0.5 % below what was asked. Before healing the choice for 10x is the better one
 (held-out cosine 0.9841 against 0.9838): it is what healing leaves of a loss that differs. At 10x, without low rank and
 the table's losses times 1.75 (as large a table as by hand), 0.9807; times 2.5, 0.9804; feed-forward losses times 2 and
-attention's times 0.35, 0.9755, without low rank 0.9820: none of these was kept. By-hand bits repeated with another seed gave 0.9831. `kinds` was
-not run yet, nor 16x and 23x with a weight of 1.
+attention's times 0.35, 0.9755, without low rank 0.9820: none of these was kept. By-hand bits repeated with another seed
+gave 0.9831. `kinds` was not run yet, nor 16x and 23x with a weight of 1.
 """
 
 from __future__ import annotations
