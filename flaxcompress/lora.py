@@ -45,7 +45,8 @@ def with_lora(
       alpha: α.
       stabilized: s = α/√R instead of α/R.
       initializer: "zero": A uniform in ±1/√n as PEFT draws it, B zero. "pissa": A and B the first R singular components
-        of W, which lacks them from then on (Meng et al. 2024); W must be dense. "eva": the rows of Aᵀ the directions of
+        of W, which lacks them from then on (Meng et al. 2024), so that the adapter alone is of no use to others; W must
+        be dense. "eva": the rows of Aᵀ the directions of
         most variance of the kernel's input, B zero (Paischer et al. 2024).
       moments: {address of a linear map: C = E[xᵀx]}, which "eva" needs (`Calibration.input_moments`).
       key: draws A.
@@ -59,7 +60,7 @@ def with_lora(
         raise ValueError(f"lora: rank must be at least 1 and alpha positive, got {rank} and {alpha}")
     view = tree.View(model.params)
     kernels = [a for a in view if a.endswith("/kernel")]
-    scale = alpha / (math.sqrt(rank) if stabilized else rank)
+    scale = float(alpha) / (math.sqrt(rank) if stabilized else rank)
     changes = {}
     for number, address in enumerate(tree.select(kernels, pattern, where="lora: pattern")):
         node = view[address]
@@ -75,7 +76,8 @@ def with_lora(
             factors = linalg.output_pca(np.asarray(node, np.float64), rank)
             left, right = (jnp.asarray(f / math.sqrt(scale), jnp.float32) for f in _balanced(factors))
             base = (node - scale * jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)).astype(node.dtype)
-        changes[address] = Adapted(base=base, delta=LowRank(left=left, right=right), scale=scale)
+        delta = LowRank(left=left, right=right)
+        changes[address] = Adapted(base=base, delta=delta, scale=scale, residual=initializer == "pissa")
     return replace_matrices(model, changes)
 
 

@@ -233,6 +233,45 @@ def test_the_command_writes_the_adapter_alone(model, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Roberta", "Electra", "ModernBert"])
+def test_peft_loads_heads_of_several_modules(kind, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 24, "max_position_embeddings": 20, "initializer_range": 0.2, "num_labels": 3}
+    config = getattr(transformers, f"{kind}Config")(**shape, pad_token_id=1)
+    stock = getattr(transformers, f"{kind}ForSequenceClassification")
+    stock(config).eval().save_pretrained(tmp_path / "base")
+    model = fc.load(tmp_path / "base")
+    pattern = r"layers/\d+/attention/output/kernel"
+    whole = drawn(model, pattern=pattern)
+    fc.export(whole, tmp_path / "adapter", format="peft")
+    theirs = peft.PeftModel.from_pretrained(stock.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        got = theirs(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(IDS != 1)).logits
+    close(got, whole(IDS, IDS != 1).logits)
+    again = fc.load_adapter(model, tmp_path / "adapter")
+    close(again(IDS, IDS != 1).logits, got)
+
+
+@pytest.mark.slow
+def test_layers_that_share_weights_share_their_adapter(model, folder, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    shared = fc.Share(map="all", parts=("attention",))(model, Context(original=model), key=jax.random.key(0))
+    whole = drawn(shared)
+    fc.export(shared, tmp_path / "base", format="torch-dense")
+    fc.export(whole, tmp_path / "adapter", format="peft")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        got = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=torch.tensor(IDS))
+    close(got.last_hidden_state, state(whole))
+    with pytest.raises(ValueError, match="the layers of this model share weights"):
+        fc.load_adapter(shared, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pefts_own_folder_loads_here(model, folder, rslora, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
@@ -290,6 +329,22 @@ def test_nothing_to_export_is_said(model, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_an_adapter_for_no_original_is_not_exported(model, tmp_path):
+    step = fc.Quantize(bits=4, group=8, pattern=KERNELS, rounding="nearest")
+    rounded = step(model, Context(original=model), key=jax.random.key(0))
+    repaired = fc.Repair(rank=2, whitening="none")(rounded, Context(original=model), key=jax.random.key(0))
+    for whole in (adapted(model, initializer="pissa"), repaired):
+        with pytest.raises(ValueError, match=r"lacks what its adapter holds \(of pissa, or Repair\)"):
+            fc.export(whole, tmp_path / "adapter", format="peft")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("pattern", ["layers/(", "layers/7/.*"])
+def test_a_training_pattern_that_matches_nothing_is_refused(model, pattern):
+    with pytest.raises(ValueError, match=r"trainable: .*(is not a regular expression|matches no parameter)"):
+        thaw_model(adapted(model), pattern=pattern)
+
+
 @pytest.fixture
 def exported(model, tmp_path):
     fc.export(drawn(model), tmp_path / "adapter", format="peft")
@@ -307,6 +362,7 @@ def change(folder, **settings):
         ({"peft_type": "PREFIX_TUNING"}, "adapters of kind 'PREFIX_TUNING' are not read"),
         ({"use_dora": True}, "use_dora True is not supported, only False"),
         ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported, .* the base was changed"),
         ({"r": 5}, "query has rank 3, and adapter_config.json says 5"),
     ],
 )

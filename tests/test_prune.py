@@ -461,12 +461,28 @@ def test_weights_that_are_not_numbers_are_named(model, context):
 
 
 def test_a_budget_above_everything_is_refused(model, context):
-    with pytest.raises(ValueError, match="nothing would be left of layers/0"):
+    with pytest.raises(ValueError, match=r"nothing would be left of layers/0/.*ask for a smaller budget"):
         applied(fc.Prune(budget=1e9, by="magnitude"), model, context)
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (fc.DropLayers(layers=(0,)), "layers were left out or tied"),
+        (fc.Share(map="all"), "layers were left out or tied"),
+        (fc.Heal(steps=3, batch=4), "layers/0/.* is not as it was"),
+    ],
+    ids=lambda step: getattr(step, "name", None),
+)
+def test_repair_is_not_fooled_by_other_kernels_of_the_same_shape(model, context, before, message):
+    small = applied(before, model, dataclasses.replace(context, layers=[]))
+    small = applied(fc.Quantize(bits=4, rounding="nearest", pattern=KERNELS), small, context)
+    with pytest.raises(ValueError, match=message):
+        applied(fc.Repair(rank=2), small, context)
 
 
 def test_repair_needs_the_originals_shape(model, context):
     narrow = applied(fc.NystromFeedForward(keep=0.5), model, context)
     narrow = applied(fc.Quantize(bits=4, rounding="nearest"), narrow, context)
-    with pytest.raises(ValueError, match=r"the original has no layers/0/feed_forward/.*repair before that step"):
+    with pytest.raises(ValueError, match=r"put it right behind those: layers/0/feed_forward/up/bias is not as it was"):
         applied(fc.Repair(rank=2), narrow, context)

@@ -63,8 +63,8 @@ class Allocate(Step):
       actions: "bits" of kernels; "rank" of kernels; "table", tiers of the token table; "drop", whole layers left out;
         "tie", neighbouring layers that share their weights. A target of speed takes "rank" and "drop" alone.
       corrections: how often the choice may be made again.
-      table_weight: what a loss through the token table counts beside one through kernels, where bytes or operations
-        are the target. What healing leaves of either depends on how long it is (see experiments/one_budget.py).
+      table_weight: what a loss through the token table counts beside one through kernels, where bytes are the target.
+        What healing leaves of either depends on how long it is (see experiments/one_budget.py).
       sentences: calibration sentences for what is measured.
     """
 

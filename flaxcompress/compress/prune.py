@@ -187,7 +187,7 @@ class Prune(LayerStep):
 
     def whole(self) -> str:
         if self._together:
-            return "weights of all matrices are compared; use scope: matrix"
+            return "weights of all matrices are compared; use sparsity with scope: matrix"
         if self.by == "fisher":
             return "by: fisher needs the whole model's gradients; use magnitude, wanda or sparsegpt"
         return ""
@@ -233,8 +233,8 @@ class Prune(LayerStep):
     def _matrix(self, node: Any, address: str, moments: Any, fisher: Any) -> Any:
         """One matrix, or the factors of a product, pruned."""
         if isinstance(node, LowRank) and moments is not None:
-            inner = np.asarray(materialize(node.left))
             left = self._pruned(node.left, False, address, moments, None)
+            inner = np.asarray(materialize(left))
             return LowRank(left=left, right=self._pruned(node.right, False, address, inner.T @ moments @ inner, None))
         return map_parts(
             node, lambda part, table: self._pruned(part, table, address, moments, fisher), table=_is_table(address)
@@ -286,7 +286,8 @@ class Prune(LayerStep):
         for name, (part, table, address) in zip(rows, parts, strict=True):
             count = int(kept[name].sum())
             if count == 0:
-                raise ValueError(f"Prune: nothing would be left of {address}; ask for less, or scope: matrix")
+                less = "a smaller budget" if self.budget is not None else "a lower sparsity, or scope: matrix"
+                raise ValueError(f"Prune: nothing would be left of {address}; ask for {less}")
             spec = SparseSpec(kept=count, values=_values_of(part, address))
             made.append(spec.pack(rows[name], kept[name], transposed=not table))
         of_part = iter(made)

@@ -26,8 +26,10 @@ from flaxcompress.nn.bases import is_on_basis
 class Repair(Step):
     """Adds to each kernel that a step before rounded or pruned a product of low rank: W ≈ Q + left·right.
 
-    The product is the nearest one to W - Q in the metric of `whitening` (LQER, Zhang et al. 2024; whitened by the
-    input, QERA, Zhang et al. 2025). It costs rank·(n + m) values, and as many multiplications.
+    It stands behind the steps that lose something, before those that change layers otherwise or train (`Heal`): the
+    error is what is left to the original. The product is the nearest one to W - Q in the metric of `whitening` (LQER,
+    Zhang et al. 2024; whitened by the input, QERA, Zhang et al. 2025). It costs rank·(n + m) values, and as many
+    multiplications.
 
     Attributes:
       rank: R.
@@ -74,10 +76,13 @@ class Repair(Step):
         factor = DenseSpec(self.dtype)
         delta = LowRankSpec(rank=self.rank, left=factor, right=factor)
         for address in self._addresses(flat):
-            config = config.with_format(address, AdaptedSpec(base=spec_of(flat[address]), delta=delta).to_json())
+            config = config.with_format(
+                address, AdaptedSpec(base=spec_of(flat[address]), delta=delta, residual=True).to_json()
+            )
         return config
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
+        _check_else_unchanged(model, context.original)
         flat, originals = tree.View(model.params), tree.View(context.original.params)
         shapes = {address: tuple(flat[address].shape) for address in self._addresses(flat)}
         for address, shape in shapes.items():
@@ -101,5 +106,25 @@ class Repair(Step):
             check_finite(error, f"Repair: {address}")
             factors = metric.factorize(error, self.rank, known[address])
             left, right = (jnp.asarray(f, self.dtype) for f in (factors.left, factors.right))
-            changes[address] = Adapted(base=flat[address], delta=LowRank(left=left, right=right), scale=1.0)
+            changes[address] = Adapted(
+                base=flat[address], delta=LowRank(left=left, right=right), scale=1.0, residual=True
+            )
         return replace_matrices(model, changes)
+
+
+def _check_else_unchanged(model: Model, original: Model) -> None:
+    """Raises ValueError where layers are others than the original's, or what they hold dense is.
+
+    Kernels may then stand for something else than at the same address of the original.
+    """
+    where = "Repair: steps before it may only round, prune or cut kernels; put it right behind those"
+    if (model.config.layers, model.config.sharing) != (original.config.layers, original.config.sharing):
+        raise ValueError(f"{where}: layers were left out or tied")
+    was = tree.View(original.params)
+    for address, node in tree.View(model.params).items():
+        if tree.place(address) is None or isinstance(node, Format):
+            continue
+        before = was.get(address)
+        same = before is not None and not isinstance(before, Format) and before.shape == node.shape
+        if not same or not np.array_equal(np.asarray(before).astype(node.dtype), np.asarray(node)):
+            raise ValueError(f"{where}: {address} is not as it was")

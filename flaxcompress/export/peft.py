@@ -19,6 +19,7 @@ import numpy as np
 
 from flaxcompress import storage, tree
 from flaxcompress.config import ModelConfig, closest
+from flaxcompress.export.torch import check_stock, stored_address
 from flaxcompress.families import FAMILIES
 from flaxcompress.families.base import Stored
 from flaxcompress.formats import Adapted, LowRank, materialize
@@ -36,34 +37,48 @@ _TASKS = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
 }
-_OURS_ONLY = {  # settings of PEFT's that change what is computed, and the value at which they do not
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
+_PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")  # initializers that leave the base as it is
+# Settings of PEFT's that change what is computed, and the values at which they do not.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "init_lora_weights": _PLAIN,
+    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), (False, None)),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "target_parameters", "arrow_config"), (None, [])),
+    **dict.fromkeys(("kasa_config", "monteclora_config", "velora_config"), (None, {})),
 }
 
 
 def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes the model's adapters, and its head where it has one, as a folder that `PeftModel.from_pretrained` loads.
+    """Writes the model's adapters, and a classifier's head, as a folder that `PeftModel.from_pretrained` loads.
 
-    The folder is for the model that the adapters were made on: what stays as it is is not in it.
+    The folder is for the model that the adapters were made on: nothing else is in it, nor the head of a language model.
 
     Returns:
       The folder's path.
 
-    Raises ValueError for a model without adapters, or with ones that PEFT cannot have: on factors, on kernels that the
-    family stores together, or of another form than left·right.
+    Raises ValueError for a model without adapters, or with ones that PEFT cannot have: whose base is not the original's
+    kernel (of "pissa", or `Repair`), on kernels that the family stores together, in a structure that no stock class of
+    the family has, or of another form than left·right.
     """
     out, found = Path(out), adapters(model)
     if not found:
         raise ValueError("export: the model has no adapters; with_lora adds them")
+    check_stock(model.config)
+    if model.config.deltas is not None:
+        raise ValueError("export: the layers add deltas to what they share, which PEFT has not; save the model instead")
     places, tensors = _places(model.config), {}
     ranks, alphas = {}, {}
-    for address, node in found.items():
-        module = _module(places, address)
+    family = FAMILIES[model.config.family]
+    stored = {a: a if family.shares else stored_address(model.config, a) for a in places}
+    if lost := set(found).difference(stored.values()):
+        raise ValueError(f"export: stock transformers has no {min(lost)}; PEFT could not put the adapter anywhere")
+    for address in (a for a in places if stored[a] in found):
+        node, module = found[stored[address]], _module(places, address)
+        if node.residual:
+            raise ValueError(
+                f"export: {stored[address]} lacks what its adapter holds (of pissa, or Repair), so that the adapter is "
+                "for no original; save the model, or merge it and export torch-dense"
+            )
         if not isinstance(node.delta, LowRank):
             raise ValueError(f"export: PEFT has no adapter like that of {address}")
         left, right = (np.asarray(materialize(f), np.float32) for f in (node.delta.left, node.delta.right))
@@ -82,7 +97,7 @@ def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Pa
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
+        "modules_to_save": sorted({name.partition(".")[0] for name in saved}) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -111,7 +126,11 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     settings = json.loads((folder / CONFIG).read_text("utf-8"))
     _check_settings(settings, folder)
     places, flat = _places(model.config), tree.View(model.params)
-    modules = {where.name.removesuffix(".weight"): a for a, where in places.items() if a.endswith("/kernel")}
+    if not FAMILIES[model.config.family].shares and model.config.unshared().sharing != model.config.sharing:
+        raise ValueError(f"{folder}: has an adapter for each layer, but the layers of this model share weights")
+    linear = {a: where for a, where in places.items() if a.endswith("/kernel")}
+    modules = {where.name.removesuffix(".weight"): a for a, where in linear.items() if _is_linear(where)}
+    others = {where.name.removesuffix(".weight") for where in linear.values() if not _is_linear(where)}
     heads = {where.name: a for a, where in places.items() if a.startswith("head/")}
     changes: dict[str, Any] = {}
     pairs: dict[str, dict[str, np.ndarray]] = {}
@@ -125,6 +144,11 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         else:
             pairs.setdefault(lora[1], {})[lora[2]] = np.asarray(tensor, np.float32)
     for module, pair in pairs.items():
+        if module in others:
+            raise ValueError(
+                f"{folder}: {module} holds several of our kernels or is no Linear, and its adapter is not read; merge "
+                "it in PEFT: merge_and_unload, then save_pretrained"
+            )
         if module not in modules:
             raise ValueError(f"{folder}: made for another model: this one has no {module}; {closest(module, modules)}")
         changes[modules[module]] = _adapted(flat[modules[module]], module, pair, settings, folder)
@@ -164,24 +188,31 @@ def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
 def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
     if (kind := settings.get("peft_type")) != "LORA":
         raise ValueError(f"{folder}: adapters of kind {kind!r} are not read; LORA is")
-    for name, only in _OURS_ONLY.items():
-        if (value := settings.get(name, only)) not in (only, None):
-            raise ValueError(f"{folder}: {name} {value!r} is not supported, only {only!r}")
+    for name, allowed in _SUPPORTED.items():
+        if (value := settings.get(name, allowed[0])) not in allowed:
+            hint = "the base was changed beside the adapter" if name == "init_lora_weights" else "merge it in PEFT"
+            raise ValueError(f"{folder}: {name} {value!r} is not supported, only {allowed[0]!r}; {hint}")
 
 
 def _places(config: ModelConfig) -> dict[str, Stored]:
     """{address: where stock transformers keeps it}, with the prefix that a head brings along."""
+    if config.patches is not None:
+        raise ValueError("PEFT: the modules of image models have other names in transformers 5 than their tensors")
     family = FAMILIES[config.family]
     prefix = family.prefix(config.head) if config.head != "none" else ""
-    names = family.names(config.replace(formats=()))
+    config = config.replace(formats=())
+    names = family.names(config if family.shares else config.unshared())
     return {a: w if a.startswith("head/") else w._replace(name=prefix + w.name) for a, w in names.items()}
 
 
+def _is_linear(where: Stored) -> bool:
+    """Whether it is the whole of a torch.nn.Linear."""
+    return where.part is None and where.transposed and where.folded is None
+
+
 def _module(places: Mapping[str, Stored], address: str) -> str:
-    where = places.get(address)
-    if where is None:
-        raise ValueError(f"export: stock transformers has no {address}; PEFT could not put the adapter anywhere")
-    if where.part is not None or not where.transposed:
+    where = places[address]
+    if not _is_linear(where):
         raise ValueError(
             f"export: {address} is a part of {where.name} or not a Linear, which PEFT adapts as a whole; save the "
             "model instead"

@@ -101,7 +101,7 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     model = merge_deltas(merge_bases(model))
     flat = tree.flatten(model.params)
     family = FAMILIES[model.config.family]
-    _check_stock(model.config)
+    check_stock(model.config)
     config = model.config.replace(formats=())
     if not family.shares:
         config = config.unshared()
@@ -118,7 +118,7 @@ def stock_tensors(model: Model) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     return config, write_tensors(names, own)
 
 
-def _check_stock(config: ModelConfig) -> None:
+def check_stock(config: ModelConfig) -> None:
     """Raises ValueError for a structure that no stock class of the family has."""
     hint = "save the model instead: its folder runs in PyTorch too"
     if not isinstance(config.feed_forward_width, int):

@@ -35,11 +35,12 @@ from flaxcompress.formats.base import (
 
 @flax.struct.dataclass
 class Adapted(Format):
-    """base + scale·delta, [n, m] each, in formats of their own."""
+    """base + scale·delta, [n, m] each, in formats of their own; `residual`: the base lacks what the delta holds."""
 
     base: Any
     delta: Any
     scale: float = flax.struct.field(pytree_node=False)
+    residual: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self):
@@ -59,7 +60,7 @@ class Adapted(Format):
         return self.with_parts([select(part.node, ids, axis) for part in self.parts()])
 
     def spec(self):
-        return AdaptedSpec(base=spec_of(self.base), delta=spec_of(self.delta), scale=self.scale)
+        return AdaptedSpec(base=spec_of(self.base), delta=spec_of(self.delta), scale=self.scale, residual=self.residual)
 
     def matmul(self, x):
         return matmul(x, self.base) + self.scale * matmul(x, self.delta)
@@ -86,12 +87,17 @@ class Adapted(Format):
 @register
 @dataclasses.dataclass(frozen=True)
 class AdaptedSpec(Spec):
-    """The formats of the base and of what is added to it, and what the latter is multiplied by."""
+    """The formats of the base and of what is added to it, what the latter is multiplied by, and whether it is a part.
+
+    Attributes:
+      residual: the base lacks what the delta holds: without it, it is no matrix that a model was trained with.
+    """
 
     kind: ClassVar[str] = "adapted"
     base: Spec = dataclasses.field(default_factory=DenseSpec)
     delta: Spec = dataclasses.field(default_factory=DenseSpec)
     scale: float = 1.0
+    residual: bool = False
 
     def __post_init__(self):
         if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
@@ -103,7 +109,7 @@ class AdaptedSpec(Spec):
         return super().parse({**data, **parts}, where)
 
     def to_json(self):
-        return {"kind": self.kind, "base": self.base.to_json(), "delta": self.delta.to_json(), "scale": self.scale}
+        return {**super().to_json(), "base": self.base.to_json(), "delta": self.delta.to_json()}
 
     def init(self, key, shape, initializer, *, table):
         base_key, delta_key = jax.random.split(key)
@@ -111,4 +117,5 @@ class AdaptedSpec(Spec):
             base=self.base.init(base_key, shape, initializer, table=table),
             delta=self.delta.init(delta_key, shape, initializer, table=table),
             scale=float(self.scale),
+            residual=self.residual,
         )

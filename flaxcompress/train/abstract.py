@@ -10,13 +10,15 @@ import jax
 from flaxcompress import tree
 from flaxcompress.config import ModelConfig
 from flaxcompress.model import abstract_flat
-from flaxcompress.train.trainable import thaw_matrix
+from flaxcompress.train.trainable import thaw_matching
 
 
-def abstract_params(config: ModelConfig) -> Any:
-    """The parameters as they are trained (see `thaw_model`)."""
+def abstract_params(config: ModelConfig, pattern: str = ".*") -> Any:
+    """The parameters as they are trained where the pattern matches (see `thaw_model`)."""
     flat = abstract_flat(config)
-    return tree.unflatten({address: jax.eval_shape(thaw_matrix, node) for address, node in flat.items()})
+    return tree.unflatten(
+        {a: jax.eval_shape(lambda node, a=a: thaw_matching(node, a, pattern), node) for a, node in flat.items()}
+    )
 
 
 def placed(arrays: Any, shardings: Any) -> Any:

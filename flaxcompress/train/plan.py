@@ -244,7 +244,7 @@ def _plan(settings: TrainConfig, config: ModelConfig, topology: str, devices: li
     optimizer = settings.optimizer.build(training.steps)
     program = Program(split, config, jnp.dtype(dtype), way.remat, training.unroll)
     recipe = Recipe(program, optimizer, way.accumulate, training.ema, training.spike)
-    params = abstract_params(config)
+    params = abstract_params(config, training.trainable)
     place = OnMesh(make_mesh(**way.mesh, devices=devices), config)
     batch = settings.task.shapes(training.batch_size, training.length, config)
     given = place.abstract(recipe, params, tree.abstract(constants), batch, training.trainable)

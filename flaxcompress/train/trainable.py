@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,24 +34,34 @@ def thaw_model(model: Model, original: Model | None = None, pattern: str = ".*")
     Args:
       original: where it has the same dense matrix, the unrounded weights stay as latents inside their level's interval.
       pattern: what will be trained, as `partition` takes it: other matrices stay in their format, rounded ones too.
+
+    Raises ValueError for a pattern that matches nothing.
     """
     dense = {} if original is None else tree.View(original.params)
-    out = {}
-    for address, node in tree.flatten(model.params).items():
-        if not _trains(node, address, pattern):
-            out[address] = node
-            continue
+    flat, out = tree.flatten(model.params), {}
+    tree.select(_names(flat), pattern, where="trainable")
+    for address, node in flat.items():
         source = dense.get(address)
         if isinstance(source, Format) or (source is not None and tuple(source.shape) != tuple(node.shape)):
             source = None
-        source = None if source is None else np.asarray(source, np.float32)
-        if isinstance(node, Adapted) and not re.fullmatch(pattern, address):  # the base may be large, and stay
-            parts = {"base": node.base, "delta": node.delta}
-            thawed = (thaw_matrix(n) if _trains(n, f"{address}.{name}", pattern) else n for name, n in parts.items())
-            out[address] = node.with_parts(list(thawed))
-        else:
-            out[address] = thaw_matrix(node, source)
+        out[address] = thaw_matching(node, address, pattern, None if source is None else np.asarray(source, np.float32))
     return tree.unflatten(out)
+
+
+def thaw_matching(node: Any, address: str, pattern: str, source: np.ndarray | None = None) -> Any:
+    """One matrix of `thaw_model`: as it is where the pattern matches none of it."""
+    if not _trains(node, address, pattern):
+        return node
+    if isinstance(node, Adapted) and not re.fullmatch(pattern, address):  # the base may be large, and stay
+        parts = {"base": node.base, "delta": node.delta}
+        thawed = (thaw_matrix(n) if _trains(n, f"{address}.{name}", pattern) else n for name, n in parts.items())
+        return node.with_parts(list(thawed))
+    return thaw_matrix(node, source)
+
+
+def _names(flat: Mapping[str, Any]) -> list[str]:
+    """Addresses, and the names of their tensors."""
+    return list(dict.fromkeys(name for a, node in flat.items() for name in (a, *to_tensors(node, a))))
 
 
 def _trains(node: Any, address: str, pattern: str) -> bool:
@@ -91,7 +102,8 @@ def partition(params: Any, pattern: str = ".*") -> tuple[Any, Any]:
 
     Args:
       pattern: matches the address of a matrix in full, or the names of some of its tensors: `.*\\.delta\\..*` is what
-        is added to matrices, not these themselves.
+        is added to matrices, not these themselves. Rounded and sparse matrices are trained in another form than they
+        are stored in: match their addresses, or what they are part of.
 
     Raises ValueError for a pattern that matches nothing, or some of the layers that are stacked but not all of them.
     """
@@ -106,7 +118,7 @@ def _matching(params: Any, pattern: str) -> Any:
     """Whether each leaf's name, or its matrix's address, matches."""
     view = tree.View(params)
     names = {address: list(to_tensors(view[address], address)) for address in view}
-    chosen = set(tree.select(dict.fromkeys(n for a in view for n in (a, *names[a])), pattern, where="trainable"))
+    chosen = set(tree.select(_names(view), pattern, where="trainable"))
     found: dict[int, set[tuple[bool, ...]]] = {}
     for address in view:
         answers = tuple(address in chosen or name in chosen for name in names[address])
