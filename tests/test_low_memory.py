@@ -210,7 +210,7 @@ def test_a_compressed_folder_is_a_source(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([fc.Heal(steps=1)], "Heal needs .*; what works layer by layer: LowRank, Quantize, Tensorize, Trim"),
+        ([fc.Heal(steps=1)], "Heal needs .*; what works layer by layer: LowRank, Prune, Quantize, Tensorize, Trim"),
         ([fc.LowRank(KERNELS, keep=0.5, allocation="energy")], "LowRank: allocation 'energy' .* use uniform"),
         ([fc.LowRank(KERNELS, keep=0.5, whitening="two_sided")], "needs gradient_moments; use none, pca, asvd"),
         ([fc.Quantize(average_bits=3.0)], "Quantize: average_bits .* set bits"),

@@ -203,19 +203,19 @@ class Kept(nn.Module):
         """The rows `ids` in float32."""
         raise NotImplementedError
 
-    def matrix(self, x):
-        """W, [n, m], for an x to multiply it by."""
-        rows = self.decode(torch.arange(self.rows, device=x.device)).to(x.dtype)
+    def matrix(self, device):
+        """W, [n, m], in float32."""
+        rows = self.decode(torch.arange(self.rows, device=device))
         return rows if self.table else rows.T
 
     def forward(self, x):
-        return x @ self.matrix(x)
+        return x @ self.matrix(x.device).to(x.dtype)
 
     def attend(self, x):
-        return x @ self.matrix(x).T
+        return x @ self.matrix(x.device).to(x.dtype).T
 
     def take(self, ids):
-        return self.decode(ids)
+        return self.decode(ids) if self.table else F.embedding(ids, self.matrix(ids.device))
 
 
 class Sparse(Kept):
