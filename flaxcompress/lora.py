@@ -46,8 +46,8 @@ def with_lora(
       stabilized: s = α/√R instead of α/R.
       initializer: "zero": A uniform in ±1/√n as PEFT draws it, B zero. "pissa": A and B the first R singular components
         of W, which lacks them from then on (Meng et al. 2024), so that the adapter alone is of no use to others; W must
-        be dense. "eva": the rows of Aᵀ the directions of
-        most variance of the kernel's input, B zero (Paischer et al. 2024).
+        be dense. "eva": the rows of Aᵀ the directions of most variance of the kernel's input, B zero (Paischer et al.
+        2024).
       moments: {address of a linear map: C = E[xᵀx]}, which "eva" needs (`Calibration.input_moments`).
       key: draws A.
 

@@ -159,7 +159,6 @@ class Prune(LayerStep):
                 raise ValueError(f"Prune: {address} stands on a basis that layers share; prune before ShareBasis")
             if self.by == "fisher" and isinstance(flat[address], Format):
                 raise ValueError(f"Prune: {address} is no dense matrix, as by: fisher needs; use magnitude or wanda")
-
             if isinstance(flat[address], MaskedRows):
                 raise ValueError(f"Prune: {address} is pruned already; start from the original model, or leave it out")
 

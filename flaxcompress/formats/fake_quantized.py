@@ -36,11 +36,6 @@ class FakeQuantized(TrainingForm):
     target: RowSpec = flax.struct.field(pytree_node=False)  # a template
     transposed: bool = flax.struct.field(pytree_node=False)
 
-    @property
-    def shape(self):
-        rows, columns = self.latent.shape[-2:]
-        return (columns, rows) if self.transposed else (rows, columns)
-
     def axes(self, rows, columns):
         stored, along = self.stored_axes(rows, columns)
         scales = PartitionSpec(stored, None)

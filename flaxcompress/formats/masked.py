@@ -15,15 +15,21 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
-from flaxcompress.formats.base import DenseSpec, Format, Spec, parse_spec
+from flaxcompress.formats.base import DenseSpec, Format, Part, Spec, parse_spec
 from flaxcompress.formats.rows import RowFormat, TrainingForm
 from flaxcompress.ops import pack, unpack
 
 
 class MaskedRows(RowFormat):
-    """Rows of which some entries are stored: `values` is the matrix of those, in any format."""
+    """Rows of which some entries are stored: `values` is the matrix of those, dense or quantized."""
 
     values: Any
+
+    def parts(self):
+        return (Part(self.values, table=True),)
+
+    def with_parts(self, nodes):
+        return dataclasses.replace(self, values=nodes[0])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def kept_entries(self) -> Bool[Array, "r n"]:
         """Which entries of the rows are stored."""
@@ -72,11 +78,6 @@ class Masked(TrainingForm):
     mask: Any
     target: MaskedSpec = flax.struct.field(pytree_node=False)
     transposed: bool = flax.struct.field(pytree_node=False)
-
-    @property
-    def shape(self):
-        rows, columns = self.latent.shape[-2:]
-        return (columns, rows) if self.transposed else (rows, columns)
 
     def axes(self, rows, columns):
         stored, along = self.stored_axes(rows, columns)

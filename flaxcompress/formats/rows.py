@@ -52,7 +52,14 @@ class RowFormat(Format):
 
 
 class TrainingForm(RowFormat):
-    """What training changes in a stored format's stead: float rows that compute the same."""
+    """What training changes in a stored format's stead: float rows, `latent`, that compute the same."""
+
+    latent: Any
+
+    @property
+    def shape(self):
+        rows, columns = self.latent.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
 
     def freeze(self) -> RowFormat:
         """The stored format of the values as they are now."""

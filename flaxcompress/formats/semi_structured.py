@@ -1,8 +1,8 @@
 """N:M sparsity: of every M neighbours in a row, N are kept, each with its place among them (Mishra et al. 2021).
 
 The matrix is seen as *rows*, the rows of a table or the outputs of a kernel, so that a kernel's groups run along its
-inputs, as hardware for 2:4 wants them. The kept values are a narrower table or a lower kernel, in any format. A place
-takes the bits that M - 1 takes: two for 2:4.
+inputs, as hardware for 2:4 wants them. The kept values are a narrower table or a lower kernel, dense or quantized. A
+place takes the bits that M - 1 takes: two for 2:4.
 
     bytes = rows·⌈n/M·N·bits/8⌉ + rows·n/M·N·(bytes of a value)
 """
@@ -18,18 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from flaxcompress.formats.base import (
-    Part,
-    axes,
-    materialize,
-    nbytes,
-    register,
-    select,
-    spec_of,
-    take,
-)
+from flaxcompress.formats.base import axes, materialize, register, select, spec_of, take
 from flaxcompress.formats.masked import MaskedRows, MaskedSpec
-from flaxcompress.ops import pack, packed_width, unpack
+from flaxcompress.ops import pack, unpack
 
 GROUPS = (2, 4, 8, 16)  # what M may be
 
@@ -62,12 +53,6 @@ class SemiStructured(MaskedRows):
     def shape(self):
         rows = self.places.shape[-2]
         return (self.columns, rows) if self.transposed else (rows, self.columns)
-
-    def parts(self):
-        return (Part(self.values, table=True),)
-
-    def with_parts(self, nodes):
-        return dataclasses.replace(self, values=nodes[0])
 
     def part_targets(self, dense):
         rows = dense.T if self.transposed else dense
@@ -144,15 +129,6 @@ class SemiStructuredSpec(MaskedSpec):
             m=self.m,
             transposed=transposed,
         )
-
-    def size(self, shape: tuple[int, int], *, table: bool) -> int:
-        """Bytes of a matrix of this shape."""
-        rows, columns = shape if table else shape[::-1]
-        kept = self.kept_per_row(columns)
-        values = jax.eval_shape(
-            lambda: self._values(jax.random.key(0), (rows, kept), jax.nn.initializers.zeros, table=table)
-        )
-        return rows * packed_width(kept, place_bits(self.m)) + nbytes(values)
 
     def _values(self, key, held, initializer, *, table):
         return self.values.init(key, held if table else held[::-1], initializer, table=table)

@@ -1,8 +1,8 @@
 """A matrix most of whose entries are zero: one bit for every entry, and the values of those that are kept.
 
 The matrix is seen as *rows*, the rows of a table or the outputs of a kernel, as in `quantized`. The kept values lie one
-after the other, row by row, cut into blocks of 64 so that they are a table or a kernel themselves, in any format:
-quantizing it gives every block a scale. Zeros fill the last block.
+after the other, row by row, cut into blocks of 64 so that they are a table or a kernel themselves, dense or quantized,
+with a scale for every block. Zeros fill the last block.
 
     bytes = rows·⌈n/8⌉ + 64·⌈kept/64⌉·(bytes of a value)
 
@@ -21,9 +21,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from flaxcompress.formats.base import Part, axes, materialize, nbytes, register, spec_of
+from flaxcompress.formats.base import axes, materialize, register, spec_of
 from flaxcompress.formats.masked import MaskedRows, MaskedSpec
-from flaxcompress.ops import pack, packed_width, unpack
+from flaxcompress.ops import pack, unpack
 
 BLOCK = 64
 
@@ -47,12 +47,6 @@ class Sparse(MaskedRows):
     def shape(self):
         rows = self.mask.shape[-2]
         return (self.columns, rows) if self.transposed else (rows, self.columns)
-
-    def parts(self):
-        return (Part(self.values, table=True),)
-
-    def with_parts(self, nodes):
-        return dataclasses.replace(self, values=nodes[0])
 
     def part_targets(self, dense):
         rows = dense.T if self.transposed else dense
@@ -114,16 +108,6 @@ class SparseSpec(MaskedSpec):
             columns=rows.shape[-1],
             transposed=transposed,
         )
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of a row's part of the mask."""
-        return packed_width(columns, 1)
-
-    def size(self, shape: tuple[int, int], *, table: bool) -> int:
-        """Bytes of a matrix of this shape."""
-        rows, columns = shape if table else shape[::-1]
-        values = jax.eval_shape(lambda: self._values(jax.random.key(0), jax.nn.initializers.zeros, table=table))
-        return rows * self.row_bytes(columns) + nbytes(values)
 
     def _values(self, key, initializer, *, table):
         blocks = blocks_of(self.kept)
