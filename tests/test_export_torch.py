@@ -69,7 +69,7 @@ MATRIX_SPECS = {
     "dense": DENSE,
     "dense-fp16": HALF,
     "dense-bf16": {"kind": "dense", "dtype": "bfloat16"},
-    **{f"int{b}-{g}": quantized(b, g) for b in (8, 4, 3, 2) for g in (None, 16, 5)},
+    **{f"int{b}-{g}": quantized(b, g) for b in (8, 6, 5, 4, 3, 2) for g in (None, 16, 5)},
     "int4-scale32": quantized(4, 7, scale_dtype="float32"),
     "int8-scale-bf16": quantized(8, scale_dtype="bfloat16"),
     "defaults": {"kind": "quantized"},

@@ -104,7 +104,7 @@ ANY = {
     "dense-f16": {"kind": "dense", "dtype": "float16"},
     "dense-bf16": {"kind": "dense", "dtype": "bfloat16"},
     "low_rank": low_rank(5),
-    **{f"int{bits}-{group}": quantized(bits, group) for bits in (8, 4, 3, 2) for group in (None, 16, 5)},
+    **{f"int{bits}-{group}": quantized(bits, group) for bits in (8, 6, 5, 4, 3, 2) for group in (None, 16, 5)},
     "int8-scale-bf16": quantized(8, scale_dtype="bfloat16"),
     "int4-scale32": quantized(4, 16, scale_dtype="float32"),
     "low_rank-int": low_rank(5, quantized(8), quantized(3, 4)),
@@ -384,7 +384,7 @@ def test_gradients_reach_every_float_leaf(case):
         ("dense", "unknown format 'dense'"),
         ({"kind": "dense", "dtyp": "float16"}, "unknown key 'dtyp'.*did you mean 'dtype'"),
         ({"kind": "dense", "dtype": "float8"}, "dtype 'float8'; known: bfloat16, float16, float32"),
-        ({"kind": "quantized", "bits": 5}, "bits must be one of"),
+        ({"kind": "quantized", "bits": 7}, "bits must be one of"),
         ({"kind": "quantized", "group": 0}, "group must be a positive integer"),
         ({"kind": "quantized", "scale_dtype": "int8"}, "scale_dtype: dtype 'int8'"),
         ({"kind": "low_rank"}, "low_rank format.*rank"),
@@ -665,7 +665,7 @@ def naive_pack(codes: list[int], bits: int) -> list[int]:
     return list(stream.to_bytes(packed_width(len(codes), bits), "little"))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_pack_is_exact(bits, data):
@@ -677,7 +677,9 @@ def test_pack_is_exact(bits, data):
     np.testing.assert_array_equal(unpack(packed, bits, count), codes)
 
 
-@pytest.mark.parametrize("bits, count, size", [(1, 9, 2), (2, 5, 2), (3, 8, 3), (3, 9, 6), (4, 5, 3), (8, 5, 5)])
+@pytest.mark.parametrize(
+    "bits, count, size", [(1, 9, 2), (2, 5, 2), (3, 8, 3), (3, 9, 6), (4, 5, 3), (5, 9, 10), (6, 5, 6), (8, 5, 5)]
+)
 def test_packed_width(bits, count, size):
     assert packed_width(count, bits) == size
 
@@ -698,7 +700,9 @@ def test_int4_layout_is_the_contract():
     np.testing.assert_array_equal(table.materialize(), want)
 
 
-@pytest.mark.parametrize("bits, group, size", [(8, None, 5), (4, None, 3), (3, None, 3), (2, None, 2), (3, 2, 3)])
+@pytest.mark.parametrize(
+    "bits, group, size", [(8, None, 5), (6, None, 6), (5, None, 5), (4, None, 3), (3, None, 3), (2, None, 2), (3, 2, 3)]
+)
 def test_row_bytes_as_stored(bits, group, size):
     spec = QuantizedSpec(bits=bits, group=group)
     node = spec.init(jax.random.key(0), (4, 5), draw, table=True)
@@ -706,7 +710,7 @@ def test_row_bytes_as_stored(bits, group, size):
     assert nbytes(node) == 4 * spec.row_bytes(5) == 4 * (size + 2 * groups)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 @pytest.mark.parametrize("group", [None, 5])
 def test_rounding_error_is_at_most_half_a_step(bits, group):
     """`init` rounds to the nearest level, the largest value at the top; scales are rounded to float16."""
@@ -714,7 +718,7 @@ def test_rounding_error_is_at_most_half_a_step(bits, group):
     node = QuantizedSpec(bits=bits, group=group).init(jax.random.key(0), (N, M), draw, table=True)
     scale = np.asarray(node.scale, np.float64)
     step = np.repeat(scale, M if group is None else group, axis=1)[:, :M]
-    top = {8: 127, 4: 7, 3: 3.5, 2: 1.5}[bits]
+    top = {8: 127, 6: 31, 5: 15, 4: 7, 3: 3.5, 2: 1.5}[bits]
     half_ulp = 2.0**-11  # the scale may be rounded down, and the largest value is then cut
     assert (np.abs(np.asarray(node.materialize()) - dense) <= step * (0.5 + top * half_ulp) + EPS).all()
 
@@ -724,7 +728,7 @@ def test_an_all_zero_row_stays_zero():
         return jnp.zeros(shape, dtype)
 
     def run():
-        specs = (*(QuantizedSpec(bits=b, group=4) for b in (8, 4, 3, 2)), BandedSpec(bands=((8, 1), (8, 3))))
+        specs = (*(QuantizedSpec(bits=b, group=4) for b in (8, 6, 5, 4, 3, 2)), BandedSpec(bands=((8, 1), (8, 3))))
         return [spec.init(jax.random.key(0), (3, 16), zeros, table=True).materialize() for spec in specs]
 
     for matrix in jax.jit(run)():
@@ -761,7 +765,11 @@ def test_tier_rows_stand_in_id_order():
 # ── quantization that trains ─────────────────────────────────────────────────────────────────────────────────────────
 
 TARGETS = {
-    **{f"int{bits}-{group}": QuantizedSpec(bits=bits, group=group) for bits in (8, 4, 3, 2) for group in (None, 5)},
+    **{
+        f"int{bits}-{group}": QuantizedSpec(bits=bits, group=group)
+        for bits in (8, 6, 5, 4, 3, 2)
+        for group in (None, 5)
+    },
     "int4-scale32": QuantizedSpec(bits=4, group=16, scale_dtype="float32"),
     "banded": BandedSpec(bands=((8, 4), (8, 2), (3, 1), (7, 0))),
     "banded-8": BandedSpec(bands=((5, 8), (21, 3))),
@@ -830,7 +838,7 @@ def test_freeze_computes_what_was_trained(name, table):
 
 def column_rounding(name: str, columns: int):
     """(spacing, top level, half-integer shift) of every column."""
-    tops = {0: 0.0, 1: 0.5, 2: 1.5, 3: 3.5, 4: 7.0, 8: 127.0}
+    tops = {0: 0.0, 1: 0.5, 2: 1.5, 3: 3.5, 4: 7.0, 5: 15.0, 6: 31.0, 8: 127.0}
     spec = TARGETS[name]
     bits = np.concatenate([np.full(c, b) for c, b in spec.bands]) if "banded" in name else np.full(columns, spec.bits)
     step = np.asarray([GAUSSIAN_STEP[b] if "banded" in name else 1.0 for b in bits])

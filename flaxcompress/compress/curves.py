@@ -22,7 +22,7 @@ from flaxcompress.folder import tensors_of
 from flaxcompress.model import Model
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the break-even rank
-_MENU = Menu(ranks=FRACTIONS, factor_bits=(None, 4))
+_MENU = Menu(bits=(2, 3, 4, 8), groups=(64,), ranks=FRACTIONS, factor_bits=(None, 4))
 _POINTS = 12  # of the frontier
 
 

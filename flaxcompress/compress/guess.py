@@ -41,5 +41,5 @@ def guess_prices(config: ModelConfig, actions: tuple[str, ...], menu: Menu) -> P
 
 def _guess(way: Offer, n: int, m: int) -> float:
     if way.rank is None:
-        return 0.0 if way.bits is None else 0.25**way.bits
+        return 0.0 if way.bits is None else 0.25**way.bits * (1.0 + (way.group or n) / n)
     return 1.0 - way.rank * (n + m - way.rank) / (n * m) + (0.0 if way.bits is None else 0.25**way.bits)

@@ -29,6 +29,7 @@ class Offer:
       kind: "bits", "rank" or "dense".
       bits: of the kernel, or of both factors; None: float32.
       rank: R, or None for the whole kernel.
+      group: neighbouring inputs that share one scale; None: all.
       bytes: that it takes.
       flops: per token.
       loss: that it is predicted to cost (see `Answers`).
@@ -37,17 +38,19 @@ class Offer:
     kind: str
     bits: int | None
     rank: int | None
+    group: int | None
     bytes: int
     flops: int
     loss: float
 
     @property
     def label(self) -> str:
-        """For people: "3 bits", "rank 96 in 4 bits", "rank 96", "dense"."""
-        within = "" if self.bits is None else f"{self.bits} bits"
-        if self.rank is None:
-            return within or "dense"
-        return f"rank {self.rank} in {within}" if within else f"rank {self.rank}"
+        """For people: "8 bits", "3 bits in groups of 64", "rank 96 in 4 bits", "rank 96", "dense"."""
+        if self.rank is not None:
+            return f"rank {self.rank}" + ("" if self.bits is None else f" in {self.bits} bits")
+        if self.bits is None:
+            return "dense"
+        return f"{self.bits} bits" + ("" if self.group is None else f" in groups of {self.group}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,21 +59,23 @@ class Menu:
 
     Attributes:
       bits: of whole kernels; None for float32.
+      groups: neighbouring inputs of whole kernels that may share one scale; None: all.
       ranks: fractions of a kernel's break-even rank, at which factors are as large as the kernel.
       factor_bits: of low-rank factors; None for float32.
-      group: neighbouring inputs that share one scale.
+      factor_group: neighbouring inputs of factors that share one scale.
       scale_dtype: of the scales.
     """
 
-    bits: tuple[int | None, ...] = (2, 3, 4, 8)
+    bits: tuple[int | None, ...] = (2, 3, 4, 5, 6, 8)
+    groups: tuple[int | None, ...] = (32, 64, 128, None)
     ranks: tuple[float, ...] = (0.2, 0.35, 0.5, 0.7)
     factor_bits: tuple[int | None, ...] = (3, 4, 8)
-    group: int | None = 64
+    factor_group: int | None = 64
     scale_dtype: str = "float16"
 
-    def spec(self, bits: int) -> QuantizedSpec:
+    def spec(self, bits: int, group: int | None) -> QuantizedSpec:
         """The format of a matrix in so many bits."""
-        return QuantizedSpec(bits=bits, group=self.group, scale_dtype=self.scale_dtype)
+        return QuantizedSpec(bits=bits, group=group, scale_dtype=self.scale_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +108,24 @@ def ways_of(shape: tuple[int, int], menu: Menu) -> list[Offer]:
     """Every way of the menu to store a kernel [n, m], without its loss (nan)."""
     n, m = shape
     found = []
+    groups = [group for group in menu.groups if group is None or group < n]
     for bits in menu.bits:
-        size = 4 * n * m + _NAME if bits is None else m * menu.spec(bits).row_bytes(n) + 2 * _NAME
-        found.append(Offer("dense" if bits is None else "bits", bits, None, size, 2 * n * m, np.nan))
+        if bits is None:
+            found.append(Offer("dense", None, None, None, 4 * n * m + _NAME, 2 * n * m, np.nan))
+            continue
+        for group in groups:
+            size = m * menu.spec(bits, group).row_bytes(n) + 2 * _NAME
+            found.append(Offer("bits", bits, None, group, size, 2 * n * m, np.nan))
     limit = break_even_rank(n, m)
     for rank in sorted({max(1, round(fraction * limit)) for fraction in menu.ranks}):
         for bits in menu.factor_bits:
+            group = None if bits is None else menu.factor_group
             if bits is None:
                 size = 4 * rank * (n + m) + 2 * _NAME
             else:
-                spec = menu.spec(bits)
+                spec = menu.spec(bits, group)
                 size = rank * spec.row_bytes(n) + m * spec.row_bytes(rank) + 4 * _NAME
-            found.append(Offer("rank", bits, rank, size, 2 * rank * (n + m), np.nan))
+            found.append(Offer("rank", bits, rank, group, size, 2 * rank * (n + m), np.nan))
     return found
 
 
@@ -132,17 +143,19 @@ def offers_of(weight: Float[np.ndarray, "n m"], priced: Priced, menu: Menu) -> l
         factors = linalg.kronecker_svd(weight, min(w.shape), priced.inputs, priced.gradients)
 
     @functools.cache
-    def whole(bits: int) -> float:
-        return priced.loss(_rounded(w, menu.spec(bits), inputs) - w)
+    def whole(bits: int, group: int | None) -> float:
+        return priced.loss(_rounded(w, menu.spec(bits, group), inputs) - w)
 
     def loss(way: Offer) -> float:
         if way.rank is None:
-            return 0.0 if way.bits is None else whole(min(way.bits, 4)) * _QUARTER ** max(0, way.bits - 4)
+            if way.bits is None:
+                return 0.0
+            return whole(min(way.bits, 4), way.group) * _QUARTER ** max(0, way.bits - 4)
         assert factors is not None
         left, right = (jnp.asarray(f, jnp.float32) for f in (factors.left[:, : way.rank], factors.right[: way.rank]))
         if way.bits is not None:
-            left = _rounded(left, menu.spec(way.bits), inputs)
-            right = _rounded(right, menu.spec(way.bits), left.T @ inputs @ left)
+            left = _rounded(left, menu.spec(way.bits, way.group), inputs)
+            right = _rounded(right, menu.spec(way.bits, way.group), left.T @ inputs @ left)
         return priced.loss(left @ right - w)
 
     return [dataclasses.replace(way, loss=loss(way)) for way in ways]

@@ -72,7 +72,7 @@ class Quantize(LayerStep):
     """Stores every matrix that `pattern` matches in a few bits.
 
     Attributes:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group: neighbouring inputs (of a table: columns) that share one scale; None is the whole row.
       pattern: full-match address pattern; the default takes every kernel and every table that is still dense.
       rounding: "gptq" rounds layer after layer on the inputs that the compressed prefix gives, each column making up

@@ -151,7 +151,7 @@ def price(
     inputs = calibration.input_moments(model, progress=progress)
     gradients = calibration.gradient_moments(model, progress=progress)
     tokens = 1.0 if model.config.head == "causal_lm" else calibration.tokens_per_sentence()
-    anchor = menu.spec(_ANCHOR)
+    anchor = menu.spec(_ANCHOR, menu.factor_group)
     measured = kernel_sensitivities(model, calibration, {_ANCHOR: anchor}, addresses, progress=progress)
     kernels = {}
     for address in addresses:
@@ -250,12 +250,12 @@ def steps_of(solution: Solution, menu: Menu, sentences: int = 768) -> list[Step]
         steps.append(LowRank("|".join(patterns), rank=rank, whitening="two_sided"))
     if solution.table_bytes is not None:
         steps.append(FactorizeEmbedding(target_bytes=solution.table_bytes, max_tiers=MAX_TIERS, weighting="fisher"))
-    within = {a: o.bits for a, o in solution.chosen.items() if o.bits is not None}
-    if within:
-        exact = tuple(
-            BitsFor(pattern=re.escape(a), bits=bits, group=None if a == TOKEN else menu.group)
-            for a, bits in within.items()
-        )
+    exact = tuple(
+        BitsFor(pattern=re.escape(a), bits=offer.bits, group=offer.group)
+        for a, offer in solution.chosen.items()
+        if offer.bits is not None
+    )
+    if exact:
         pattern = "|".join(o.pattern for o in exact)
         steps.append(
             Quantize(

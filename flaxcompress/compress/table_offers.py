@@ -42,9 +42,11 @@ class TableCurve:
         """Sizes from the smallest to the table in 8 bits."""
         sizes = np.unique(np.geomspace(self.bytes[0], self.bytes[-1], _STEPS).astype(int))
         found = [
-            Offer("table", None, None, int(size), 0, self.loss(float(size))) for size in sizes if size < self.whole[0]
+            Offer("table", None, None, None, int(size), 0, self.loss(float(size)))
+            for size in sizes
+            if size < self.whole[0]
         ]
-        return [*found, Offer("bits", 8, None, self.whole[0], 0, min(self.whole[1], found[-1].loss / 2))]
+        return [*found, Offer("bits", 8, None, None, self.whole[0], 0, min(self.whole[1], found[-1].loss / 2))]
 
 
 def table_curve(

@@ -43,16 +43,17 @@ def stored(dtype):
     return None if dtype == "float32" else getattr(torch, dtype)
 
 
-PER_WORD = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}  # codes in one word of whole bytes, by bits
-OFFSET = {1: 0.5, 2: 1.5, 3: 3.5, 4: 8.0, 8: 128.0}  # code - level of packed codes, by bits
+PER_WORD = {1: 8, 2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 8: 1}  # codes in one word of whole bytes, by bits
+OFFSET = {1: 0.5, 2: 1.5, 3: 3.5, 4: 8.0, 5: 16.0, 6: 32.0, 8: 128.0}  # code - level of packed codes, by bits
 
 
 def unpack(packed, bits, count):
     """The first `count` codes of every row of bytes, int32; the first code lies in the lowest bits."""
     n_bytes = PER_WORD[bits] * bits // 8
-    parts = packed.unflatten(-1, (-1, n_bytes)).to(torch.int32)
-    words = sum(parts[..., i] << (8 * i) for i in range(n_bytes))
-    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(PER_WORD[bits])], -1)
+    parts = F.pad(packed.unflatten(-1, (-1, n_bytes)).to(torch.int32), (0, 1))
+    pairs = parts[..., :-1] | parts[..., 1:] << 8  # a code lies in one byte, or in that and the next
+    starts = [bits * i for i in range(PER_WORD[bits])]
+    codes = torch.stack([(pairs[..., at // 8] >> at % 8) & (2**bits - 1) for at in starts], -1)
     return codes.flatten(-2)[..., :count]
 
 

@@ -1,9 +1,11 @@
-"""Integers times scales: 8 bits per row, or 4, 3 and 2 bits in groups, packed.
+"""Integers times scales: 8 bits per row, or 6 to 2 bits in groups, packed.
 
 The matrix is held as *rows*: the outputs of a kernel (so that a row runs over its inputs) or the rows of a table. A
 row is cut into groups of neighbours that share one scale: w ≈ level(code)·scale. The levels are symmetric:
 
     8 bits   -127 … 127, stored as int8
+    6 bits   -31 … 31, stored as code = level + 32
+    5 bits   -15 … 15, stored as code = level + 16
     4 bits   -7 … 7, stored as code = level + 8
     3 bits   ±0.5, ±1.5, ±2.5, ±3.5, stored as code = level + 3.5
     2 bits   ±0.5, ±1.5, stored as code = level + 1.5
@@ -26,17 +28,17 @@ from flaxcompress.formats.base import check_dtype, register
 from flaxcompress.formats.rows import Levels, RowFormat, RowSpec
 from flaxcompress.ops import on_host, pack, packed_width, unpack
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 def level_offset(bits: int) -> float:
     """code - level."""
-    return {8: 0.0, 4: 8.0, 3: 3.5, 2: 1.5}[bits]
+    return {8: 0.0, 6: 32.0, 5: 16.0, 4: 8.0, 3: 3.5, 2: 1.5}[bits]
 
 
 def top_level(bits: int) -> float:
     """The largest level; the smallest is its negative."""
-    return {8: 127.0, 4: 7.0, 3: 3.5, 2: 1.5}[bits]
+    return {8: 127.0, 6: 31.0, 5: 15.0, 4: 7.0, 3: 3.5, 2: 1.5}[bits]
 
 
 def nearest_level(x: Float[Array, "*B"], bits: int) -> Float[Array, "*B"]:

@@ -1,11 +1,13 @@
 """Small unsigned integers packed into bytes along the last axis, the first of them in the lowest bits.
 
-4 bits: two values per byte, low nibble first. 2 bits: four per byte. 1 bit: eight. 3 bits: eight values in three bytes
-(a 24-bit little-endian word). Rows are padded with zeros to whole groups.
+Codes of `b` bits follow one another without gaps, in words of whole bytes: two codes of 4 bits in one byte, four of
+6 bits in three, eight of 1, 3, 5 or 7 bits in as many bytes as they have bits. Rows are padded with zeros to whole
+words.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -13,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, UInt8
 
-_PER_WORD = {1: 8, 2: 4, 3: 8, 4: 2}  # values in one word of whole bytes
+
+def _word(bits: int) -> tuple[int, int]:
+    """Codes in one word, and its bytes."""
+    codes = 8 // math.gcd(bits, 8)
+    return codes, codes * bits // 8
 
 
 def packed_width(count: int, bits: int) -> int:
     """Bytes that `count` values of `bits` bits take in one row."""
-    if bits == 8:
-        return count
-    per_word = _PER_WORD[bits]
-    return -(-count // per_word) * per_word * bits // 8
+    codes, n_bytes = _word(bits)
+    return -(-count // codes) * n_bytes
 
 
 def pack(codes: Integer[Array, "*B n"] | np.ndarray, bits: int) -> UInt8[Array, "*B p"]:
@@ -42,28 +46,30 @@ def on_host(x: Any) -> Any:
 def _pack(codes: Any, bits: int, xp: Any) -> Any:
     if bits == 8:
         return codes.astype(xp.uint8)
-    per_word = _PER_WORD[bits]
+    per_word, n_bytes = _word(bits)
     short = -codes.shape[-1] % per_word
     codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
     codes = codes.reshape(*codes.shape[:-1], -1, per_word).astype(xp.uint32)
-    words = (codes << (bits * xp.arange(per_word, dtype=xp.uint32))).sum(-1, dtype=xp.uint32)
-    n_bytes = per_word * bits // 8
-    parts = (words[..., None] >> (8 * xp.arange(n_bytes, dtype=xp.uint32))) & 0xFF
-    return parts.reshape(*words.shape[:-1], -1).astype(xp.uint8)
+    found = []
+    for byte in range(n_bytes):
+        shifts = [(i, bits * i - 8 * byte) for i in range(per_word) if -bits < bits * i - 8 * byte < 8]
+        parts = [codes[..., i] << shift if shift >= 0 else codes[..., i] >> -shift for i, shift in shifts]
+        found.append(sum(parts[1:], parts[0]) & 0xFF)  # the parts' bits do not overlap
+    return xp.stack(found, -1).reshape(*codes.shape[:-2], -1).astype(xp.uint8)
 
 
 def unpack(packed: UInt8[Array, "*B p"], bits: int, count: int) -> UInt8[Array, "*B {count}"]:
     """The inverse of `pack`: the first `count` codes of every row."""
     if bits == 8:
         return packed[..., :count]
-    per_word = _PER_WORD[bits]
-    n_bytes = per_word * bits // 8
+    per_word, n_bytes = _word(bits)
+    starts = bits * np.arange(per_word)
+    words = packed.reshape(*packed.shape[:-1], -1, n_bytes)
     if n_bytes == 1:
-        words = packed[..., None]
-        shifts = jnp.asarray(bits * np.arange(per_word), jnp.uint8)
-        codes = (words >> shifts) & jnp.uint8(2**bits - 1)
-    else:
-        parts = packed.reshape(*packed.shape[:-1], -1, n_bytes).astype(jnp.uint32)
-        words = (parts << jnp.asarray(8 * np.arange(n_bytes), jnp.uint32)).sum(-1, dtype=jnp.uint32)
-        codes = (words[..., None] >> jnp.asarray(bits * np.arange(per_word), jnp.uint32)) & jnp.uint32(2**bits - 1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :count].astype(jnp.uint8)
+        codes = words >> jnp.asarray(starts, jnp.uint8)
+    else:  # a code lies in one byte, or in that and the next
+        low = words[..., starts // 8].astype(jnp.uint16)
+        high = words[..., np.minimum(starts // 8 + 1, n_bytes - 1)].astype(jnp.uint16)
+        codes = (low | high << 8) >> jnp.asarray(starts % 8, jnp.uint16)
+    codes = codes.astype(jnp.uint8) & jnp.uint8(2**bits - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :count]
