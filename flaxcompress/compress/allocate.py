@@ -43,7 +43,8 @@ from flaxcompress.model import Model, abstract_flat, replace_matrices
 
 log = logging.getLogger("flaxcompress")
 
-_MORE = 6  # runs beyond the corrections, where a target has not been met
+_MORE = 6  # runs beyond the corrections, where a target has not been met, or a size not come near
+_NEAR = 0.985  # of the size asked for: below it there is room for a better choice
 _SETTLED = 0.05  # of the table's bytes, or of all kernels: a change below it is not worth another run
 
 
@@ -62,7 +63,7 @@ class Allocate(Step):
         operations in the layers; "1%": the smallest model whose measured loss, before healing, is at most that.
       actions: "bits" of kernels; "rank" of kernels; "table", tiers of the token table; "drop", whole layers left out;
         "tie", neighbouring layers that share their weights. A target of speed takes "rank" and "drop" alone.
-      corrections: how often the choice may be made again.
+      corrections: how often the choice may be made again; more often while a size is not met, or not come near.
       table_weight: what a loss through the token table counts beside one through kernels, where bytes are the target.
         What healing leaves of either depends on how long it is (see experiments/one_budget.py).
       sentences: calibration sentences for what is measured.
@@ -169,13 +170,14 @@ class Allocate(Step):
             counted = loss + (self.table_weight - 1.0) * max(0.0, table_loss - structure.loss)
             if met and (best is None or (size < best.size if target.kind == "loss" else counted < best.counted)):
                 best = _Best(small, solution, size, counted, spectra)
-            if best is not None and number >= self.corrections:
+            near = best is not None and (target.kind != "bytes" or best.size >= _NEAR * target.value)
+            if near and number >= self.corrections:
                 break
             prices = _corrected(prices, solution, table_loss, loss, structure.loss)
             if target.kind == "bytes":  # what names took less, or more, than they might have
                 allowed = Target("bytes", allowed.value + target.value - size)
             after = _solve(prices, allowed, model.config, _flops(context))
-            if met and _alike(solution, after):
+            if met and (_alike(solution, after) if near else solution.chosen == after.chosen):
                 break
             solution = after
         if best is None:
