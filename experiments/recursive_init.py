@@ -18,33 +18,34 @@ Commands (results are added to experiments/recursive_init.json):
 MiniLM is measured by the mean cosine of 200 held-out docstrings' vectors to the original's, and heals by the step
 `Heal` on the others (batch 32). stories260K is measured by its perplexity on the last 100 of 2,316 stories, and heals
 as it was trained, on the next token of the others (batch 4, 128 tokens, AdamW at 1e-3). Statistics come from the texts
-that it heals on. One seed, one core. Cost, on a core shared with others: 7 to 120 seconds per variant, 60 to 180 with
-healing. MiniLM's healing was not run, nor that of the variants without a figure below.
+that it heals on. One seed, one core. Cost, on a core of a shared machine: 7 to 120 seconds per variant, 60 to 400 with
+healing.
 
 Result (`recursive_init.json`; MiniLM keeps 69.6 of 90.9 MB without deltas, 72.3 with rank 16, 80.3 with rank 64;
-stories260K 0.68 of 1.04 MB, 0.77 with rank 4, 0.86 with rank 8):
+stories260K 0.68 of 1.04 MB, 0.77 with rank 4, 0.86 with rank 8); "after" is after 500 steps of healing:
 
-                                  MiniLM, cosine    stories260K, perplexity (original 4.11)
-    blocks                                          before        after 500 steps
-    random                        0.154             1.6e10        23.63
-    mean                          0.283             821.5         9.87
-    weighted, ridge 0.01          0.263             773.9
-    weighted, ridge 0.1           0.354             585.9
-    weighted (ridge 1)            0.438             339.2         9.99
-    weighted, ridge 10            0.373             512.7
-    stepwise                      0.412             57.4          7.36
-    mean + plain deltas           0.371 (rank 16)   1440.9 (4)
-    mean + deltas                 0.606 (rank 16)   742.3 (4)
-    weighted + deltas             0.666 (rank 16)   289.9 (4)     8.37
-    stepwise + deltas             0.516 (rank 16)   279.5 (4)     7.87
-    weighted + deltas             0.819 (rank 64)
-    stepwise + deltas             0.701 (rank 64)   379.9 (8)
+                                  MiniLM, cosine            stories260K, perplexity (original 4.11)
+    blocks                        before    after           before    after
+    random                        0.154     0.720           1.6e10    23.63
+    mean                          0.283     0.854           821.5     9.87
+    weighted, ridge 0.01          0.263                     773.9
+    weighted, ridge 0.1           0.354                     585.9
+    weighted (ridge 1)            0.438     0.877           339.2     9.99
+    weighted, ridge 10            0.373                     512.7
+    stepwise                      0.412     0.936           57.4      7.36
+    mean + plain deltas           0.371     (rank 16)       1440.9    (rank 4)
+    mean + deltas                 0.606     0.893 (16)      742.3     (4)
+    weighted + deltas             0.666     0.908 (16)      289.9     8.37 (4)
+    stepwise + deltas             0.516     0.935 (16)      279.5     7.87 (4)
+    weighted + deltas             0.819     (rank 64)
+    stepwise + deltas             0.701     (rank 64)       379.9     (8)
 
-Random < mean < weighted < weighted with deltas holds before healing on both. It takes a large ridge: with a small one,
-which makes each map's output best, the whole is hardly better than with the mean. Whitening is most of what deltas of a
-low rank are worth. On stories260K blocks taken from single layers begin and end better than any mean, as in the paper,
-and deltas of low rank on them do harm: only near full rank do they give the original back. After healing the weighting
-gained nothing over the mean there.
+Random < mean < weighted < weighted with deltas holds before healing on both, and after it on MiniLM; on stories260K the
+weighting gains nothing over the mean once healed (9.99 against 9.87), the deltas do. It takes a large ridge: with a
+small one, which makes each map's output best, the whole is hardly better than with the mean. Whitening is most of what
+deltas of a low rank are worth. Blocks taken from single layers heal best on both, as in the paper: a mean of layers is
+no layer, and 500 steps do not make it one. Deltas of low rank on such blocks gain nothing: only near full rank do they
+give the original back.
 """
 
 from __future__ import annotations
