@@ -11,6 +11,7 @@ from typing import Any
 from flaxcompress.config import reject_unknown
 from flaxcompress.config.typed import convert
 from flaxcompress.config.yaml_file import differences, dump_yaml, read_yaml, with_changes, with_variables
+from flaxcompress.lora import TRAINABLE
 from flaxcompress.train.mesh import parse_mesh
 from flaxcompress.train.optimizer import Optimizer
 from flaxcompress.train.settings import (
@@ -75,6 +76,12 @@ class TrainConfig:
                 "checkpoint"
             )
         self._check_columns()
+
+    @property
+    def trainable(self) -> str:
+        """The pattern of what is trained (see `partition`)."""
+        given = self.training.trainable
+        return (".*" if self.model.lora is None else f"{TRAINABLE}|head/.*") if given is None else given
 
     @property
     def task_data(self) -> TaskData:

@@ -244,10 +244,10 @@ def _plan(settings: TrainConfig, config: ModelConfig, topology: str, devices: li
     optimizer = settings.optimizer.build(training.steps)
     program = Program(split, config, jnp.dtype(dtype), way.remat, training.unroll)
     recipe = Recipe(program, optimizer, way.accumulate, training.ema, training.spike)
-    params = abstract_params(config, training.trainable)
+    params = abstract_params(config, settings.trainable)
     place = OnMesh(make_mesh(**way.mesh, devices=devices), config)
     batch = settings.task.shapes(training.batch_size, training.length, config)
-    given = place.abstract(recipe, params, tree.abstract(constants), batch, training.trainable)
+    given = place.abstract(recipe, params, tree.abstract(constants), batch, settings.trainable)
     state, frozen, constants, batch = given
     sizes = [shard_bytes(each) for each in ((state.trainable, frozen), (state.optimizer, state.average), batch)]
     chip = CHIPS.get(parse_topology(topology)[0])

@@ -35,7 +35,7 @@ from flaxcompress.train.throughput import peak_of
 from flaxcompress.train.watch import ShapedBatches, Watcher
 
 _PROFILED = 10  # steps
-_SAME = ("steps", "accumulate", "remat", "unroll", "dtype", "memory_limit", "ema", "spike", "trainable", "save_every")
+_SAME = ("steps", "accumulate", "remat", "unroll", "dtype", "memory_limit", "ema", "spike", "save_every")
 _SAME += ("keep_last", "keep_best", "evaluate_every", "best", "best_mode", "take_best")
 
 
@@ -90,6 +90,7 @@ def run(
                 mesh=mesh,
                 out=config.out,
                 optimizer=config.optimizer,
+                trainable=config.trainable,
                 validation=validation,
                 watch=_all(watcher, trace, lambda step, values: outputs.copy_now_and_then()),
                 label=config.task.name,

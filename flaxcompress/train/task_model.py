@@ -13,6 +13,7 @@ from flaxcompress import storage
 from flaxcompress.data.frame import special_id
 from flaxcompress.data.train_tokenizer import train_tokenizer, vocabulary_size
 from flaxcompress.folder import load, resolve
+from flaxcompress.lora import with_lora
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, generation_config_file, read_assets
 from flaxcompress.train.cluster import same_everywhere
@@ -48,7 +49,14 @@ def make_model(config: TrainConfig, data: TaskData, folder: Path, *, key: jax.Ar
 
 
 def load_model(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:
-    """The model that the settings name, with a head for the task; `key` draws one that it does not have."""
+    """The model that the settings name, with a head for the task, and adapters; `key` draws what it does not have."""
+    model, lora = _with_head(config, data, key=key), config.model.lora
+    if lora is None:
+        return model
+    return with_lora(model, **dataclasses.asdict(lora), key=jax.random.fold_in(key, 1))
+
+
+def _with_head(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:
     settings, wanted = config.model, config.task.head
     assert settings.load is not None
     if settings.head is not None:
