@@ -12,7 +12,7 @@ from flaxcompress.config import HEADS, Classifier, ModelConfig, closest, own_hea
 from flaxcompress.families import FAMILIES
 from flaxcompress.model import Model, init_params
 
-_COUNTED = ("sequence_classification", "token_classification")  # those whose classes somebody has to count
+COUNTED = ("sequence_classification", "token_classification")  # those whose classes somebody has to count
 
 
 def known_heads(family: str) -> list[str]:
@@ -37,7 +37,7 @@ def headed(config: ModelConfig, head: str, classes: int | None = None) -> ModelC
     if head not in known:
         what = f"{config.family} models have no head {head!r}" if head in HEADS else f"unknown head {head!r}"
         raise ValueError(f"head: {what}; {closest(head, known)}; register_head adds one")
-    if head in _COUNTED and classes is None:
+    if head in COUNTED and classes is None:
         raise ValueError(f"head: {head!r} needs classes=, the number of classes")
     family = FAMILIES[config.family]
     stock = family.write_config(plain.replace(sharing=None, formats=()))

@@ -25,9 +25,10 @@ from flaxcompress.data import (
     translation_batches,
     vocabulary_size,
 )
+from flaxcompress.data.conll import Tagged
 from flaxcompress.data.frame import whole_tokenizer
 from flaxcompress.data.portion import Portion
-from flaxcompress.data.tasks import masked_lm
+from flaxcompress.data.tasks import masked_lm, tagging_batches
 from flaxcompress.data.tasks.images import moved
 from flaxcompress.data.token_cache import corpus_tokens
 
@@ -52,6 +53,12 @@ def classes(**options):
     return classification_batches(Labelled(PAIRS[0], LABELS, ("a", "b", "c")), ENCODER, length=40, **options)
 
 
+TAGGED = Tagged(
+    [text.rstrip(".").split() for text in PAIRS[0]],
+    [[("O", "B-a", "I-a")[len(word) % 3] for word in text.rstrip(".").split()] for text in PAIRS[0]],
+)
+TAGS = ("O", "B-a", "I-a")
+
 TASKS = {
     "masked": lambda **o: masked_lm_batches(TEXTS, ENCODER, length=48, **o),
     "order": lambda **o: masked_lm_batches(TEXTS, ENCODER, length=48, sentence_order=True, **o),
@@ -61,6 +68,7 @@ TASKS = {
     "spans": lambda **o: span_corruption_batches(TEXTS, SEQ2SEQ, length=48, **o),
     "translation": lambda **o: translation_batches(*PAIRS, SEQ2SEQ, length=60, **o),
     "classes": classes,
+    "tags": lambda **o: tagging_batches(TAGGED, ENCODER, names=TAGS, length=16, **o),
     "images": lambda **o: image_batches(Images(PIXELS, LABELS[:50]), flip=True, shift=2, **o),
 }
 
@@ -488,3 +496,29 @@ def test_words_are_those_of_the_tokenizer():
 def test_sizes_of_vocabularies():
     for assets, most in ((ENCODER, 80), (DECODER, 300), (SEQ2SEQ, 100)):
         assert vocabulary_size(assets) <= most
+
+
+def test_a_words_first_token_has_its_tag():
+    """Read back from rows: each word once, in sentences longer than a row as well; all other tokens have none."""
+    tokenizer, found = whole_tokenizer(ENCODER), []
+    batches = tagging_batches(TAGGED, ENCODER, names=TAGS, length=16, batch_size=5, epochs=1, shuffle=False)
+    rows = [row for batch in batches for row in zip(*batch.values(), strict=True)]
+    for ids, mask, labels in rows:
+        assert (labels[~mask] == -100).all() and (labels[mask] == -100).sum() >= 2 * bool(mask.any())
+        pieces = [tokenizer.id_to_token(int(i)) for i in ids]
+        for place in np.flatnonzero(labels != -100):
+            assert not pieces[place].startswith("##")
+            found.append((pieces[place][:1], TAGS[labels[place]]))
+    every = zip(TAGGED.words, TAGGED.tags, strict=True)
+    want = [(w.lower()[0], t) for words, tags in every for w, t in zip(words, tags, strict=True)]
+    assert sorted((f[0].lower(), f[1]) for f in found) == sorted(want)
+
+
+def test_tags_that_do_not_fit():
+    options = {"length": 16, "batch_size": 4}
+    with pytest.raises(ValueError, match="tags B-a, I-a are not among O"):
+        tagging_batches(TAGGED, ENCODER, names=("O",), **options)
+    with pytest.raises(ValueError, match=r"3 tags .* the model has 2 classes"):
+        tagging_batches(TAGGED, ENCODER, names=TAGS, classes=2, **options)
+    with pytest.raises(ValueError, match="leave no room"):
+        tagging_batches(TAGGED, ENCODER, names=TAGS, **{**options, "length": 2})

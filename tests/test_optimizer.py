@@ -252,3 +252,52 @@ def test_settings_that_make_no_sense(settings, words):
 def test_a_warmup_as_long_as_the_run():
     with pytest.raises(ValueError, match=r"warmup of 100 steps.*run of 100"):
         Optimizer(warmup=100).build(100)
+
+
+# ── layers apart: rates and thawing by depth ─────────────────────────────────────────────────────────────────────────
+
+
+def layers_above(address, layers=3):
+    """A naive count: 0 for what stands behind the layers, layers + 1 for the embedding."""
+    at = tree.place(address)
+    if at is None:
+        return layers + 1 if address.startswith("embedding") else 0
+    return layers - at.number
+
+
+def moved_by(settings, count):
+    """{address: the largest change of any of its values} after `count` steps of equal gradients."""
+    params = stacked_params()
+    gradients = [jax.tree.map(jnp.ones_like, params)] * count
+    after = run(settings.build(8), params, gradients)[-1]
+    change = jax.tree.map(lambda a, b: a - b, after, params)
+    return {a: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(n)) for a, n in tree.flatten(change).items()}
+
+
+def test_each_layer_has_its_share_of_the_rate():
+    """Adam's first step of a constant gradient is the rate itself, whatever the weights."""
+    options = {"learning_rate": RATE, "schedule": "constant", "warmup": 0, "weight_decay": 0.0, "clip": None}
+    moved = moved_by(Optimizer(**options, layer_decay=0.5), 1)
+    assert {layers_above(address) for address in moved} == {0, 1, 2, 3, 4}
+    for address, size in moved.items():
+        assert size == pytest.approx(RATE * 0.5 ** layers_above(address), rel=1e-4), address  # weights' own rounding
+
+
+def test_layers_begin_to_move_one_after_the_other():
+    options = {"learning_rate": RATE, "schedule": "constant", "warmup": 0, "weight_decay": 0.1}
+    for count in (1, 2, 3, 5, 8):
+        moved = moved_by(Optimizer(**options, unfreeze_every=2), count)
+        for address, size in moved.items():
+            assert (size > 0) == (count > 2 * layers_above(address)), (count, address)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layer_decay": 0.0}, "layer_decay must lie in"),
+        ({"unfreeze_every": -1}, "unfreeze_every must not be negative"),
+    ],
+)
+def test_depths_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Optimizer(**options)

@@ -398,6 +398,25 @@ def test_the_best_checkpoint_is_returned_when_asked_for(tmp_path):
     assert same(best, short)
 
 
+def test_a_run_ends_when_evaluations_get_no_better(tmp_path):
+    """Two worse ones after the best; stopped there and started again, it ends at once."""
+    given = iter([3.0, 2.0, 2.5, 2.0, 1.0])
+    seen = []
+    options = {
+        "steps": 20,
+        "evaluate_every": 2,
+        "evaluation": lambda model: {"error": next(given)},
+        "best": "error",
+        "patience": 2,
+        "out": tmp_path,
+        "save_every": 1,
+    }
+    made = fit(tiny(), fc.MaskedLM(dropout=False), watch=lambda step, values: seen.append(step), **options)
+    assert max(seen) == 8
+    again = fit(tiny(), fc.MaskedLM(dropout=False), watch=lambda step, values: seen.append(-step), **options)
+    assert min(seen) > 0 and same(made, again)
+
+
 def test_quantized_models_stay_quantized():
     model = tiny()
     small, _ = fc.compress(model, fc.Recipe([fc.Quantize(bits=8)]), key=KEY)
@@ -416,6 +435,7 @@ def test_quantized_models_stay_quantized():
         ({"trainable": "layer/.*"}, "trainable: 'layer/.*' matches no parameter"),
         ({"best_mode": "most"}, "best_mode must be 'min' or 'max'"),
         ({"validation": []}, "evaluation: there are no batches"),
+        ({"patience": 1}, "patience counts evaluations"),
     ],
 )
 def test_wrong_settings_are_named(options, message):
@@ -489,6 +509,38 @@ def test_cross_entropy_equals_float64(smoothing, z_loss):
     assert float(found["cross_entropy"].total) == pytest.approx(want, rel=32 * EPS)
     assert (float(found["cross_entropy"].weight), float(found["accuracy"].total)) == (count, right)
     assert float(mean_of(found)) == pytest.approx(want / count, rel=32 * EPS)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_classes_are_torchs(smoothing):
+    """torch divides by the weights of the labels; of smoothing it weighs what is spread by each class's own."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(9, 4)).astype(np.float32), np.array([0, 1, IGNORED, 3, 2, 2, 0, 0, 3], np.int32)
+    weights = (0.5, 2.0, 1.0, 3.0)
+    found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing, weights=weights)
+    wide = torch.tensor(logits, dtype=torch.float64)
+    each = torch.nn.functional.cross_entropy(
+        wide, torch.tensor(labels).long(), ignore_index=IGNORED, label_smoothing=smoothing, reduction="none"
+    )
+    counted = np.array([0.0 if label == IGNORED else weights[label] for label in labels])
+    want = (each.numpy() * counted).sum() / counted.sum()
+    assert float(mean_of(found)) == pytest.approx(want, rel=32 * EPS)
+    if not smoothing:
+        torchs = torch.nn.functional.cross_entropy(
+            wide, torch.tensor(labels).long(), weight=torch.tensor(weights).double(), ignore_index=IGNORED
+        )
+        assert want == pytest.approx(float(torchs), rel=1e-12)
+    assert float(found["accuracy"].weight) == 8
+
+
+def test_class_weights_must_fit():
+    with pytest.raises(ValueError, match="must not be negative"):
+        fc.Classification(class_weights=(1.0, -1.0))
+    with pytest.raises(ValueError, match="3 class_weights, but the model has 2 classes"):
+        logits = type("Output", (), {"logits": jnp.zeros((2, 2))})
+        run = type("Run", (), {"config": tiny().config, "__call__": lambda self, batch: logits})()
+        fc.Classification(class_weights=(1.0, 1.0, 1.0)).loss(run, (), {"labels": jnp.zeros(2, jnp.int32)})
 
 
 @pytest.mark.parametrize("whole", [False, True])

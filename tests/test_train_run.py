@@ -19,6 +19,7 @@ from flaxcompress import cli, tree
 from flaxcompress.config.yaml_file import dump_yaml, read_yaml, with_changes
 from flaxcompress.data.images import pixel_scale
 from flaxcompress.folder import load, save
+from flaxcompress.lora import adapters, without_lora
 from flaxcompress.train import outputs
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.metrics import read_metrics
@@ -44,6 +45,9 @@ def texts(tmp_path_factory):
         rows = [(text, "cat" if "cat" in text.lower() else "other") for text in sentences(rng, count)]
         lines = "".join(f"{text}\t{label}\n" for text, label in rows)
         (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + lines, "utf-8")
+        tagged = [[(word, "B-x" if word == "cat" else "O") for word in text.split()] for text, _ in rows]
+        lines = "\n\n".join("\n".join("\t".join(pair) for pair in sentence) for sentence in tagged)
+        (folder / f"{name}.conll").write_text(lines + "\n", "utf-8")
         left = sentences(rng, count)
         (folder / f"{name}.en").write_text("\n".join(left) + "\n", "utf-8")
         (folder / f"{name}.xx").write_text("\n".join(text[::-1] for text in left) + "\n", "utf-8")
@@ -153,12 +157,45 @@ def test_fine_tuning_a_checkpoint_to_classes(texts, checkpoint, tmp_path):
     assert 0 <= report.last()["validation/accuracy"] <= 1
 
 
+def test_adapters_alone_are_trained_with_the_head(texts, checkpoint, tmp_path):
+    """The kernels stay as they are, bit for bit; PEFT's format can be written from the folder."""
+    settings = small(texts, tmp_path / "run", task="{name: classification}")
+    del settings["tokenizer"]
+    settings["model"] = {"load": str(checkpoint), "lora": {"rank": 2, "pattern": ".*/(query|value)/kernel"}}
+    settings["data"] |= {"train": str(texts / "train.tsv"), "validation": str(texts / "validation.tsv")}
+    run(TrainConfig.from_dict(settings))
+    before, after = load(checkpoint), load(tmp_path / "run" / "model")
+    found = adapters(after)
+    assert sorted(found) == ["layers/0/attention/query/kernel", "layers/0/attention/value/kernel"]
+    assert all(np.abs(np.asarray(node.delta.right)).max() > 0 for node in found.values())
+    plain = tree.flatten(without_lora(after).params)
+    for address, node in tree.flatten(before.params).items():
+        if not address.startswith("head/"):
+            np.testing.assert_array_equal(plain[address], node, err_msg=address)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"config": {"width": 8}, "lora": {}}, "give load"),
+        ({"load": "minilm", "lora": {"rank": 0}}, "rank must be at least 1"),
+        ({"load": "minilm", "lora": {"initializer": "eva"}}, "'eva' is not allowed"),
+    ],
+)
+def test_adapters_that_cannot_be(texts, tmp_path, model, message):
+    settings = small(texts, tmp_path / "run")
+    settings["model"] = model
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(settings)
+
+
 TASKS = {
     "causal": {"task": "{name: causal_lm}", "model__config__sharing": "own"},
     "corruption": {"task": "{name: span_corruption}", "tokenizer__vocabulary": 200},
     "translation": {"task": "{name: translation, label_smoothing: 0.0}"},
     "images": {"task": "{name: images, flip: true}"},
     "distill": {"task": "{name: distill, teacher: TEACHER}"},
+    "tokens": {"task": "{name: tokens, class_weights: [1.0, 4.0]}"},
 }
 
 
@@ -166,8 +203,9 @@ def plain(settings, texts, name):
     """The settings of a task of `TASKS`, or of classification, with its files."""
     fields = settings["model"]["config"]
     del fields["embedding_width"]
-    if name == "classification":
-        settings["data"] = {part: str(texts / f"{part}.tsv") for part in ("train", "validation")} | {"threads": 0}
+    if name in ("classification", "tokens"):
+        end = "tsv" if name == "classification" else "conll"
+        settings["data"] = {part: str(texts / f"{part}.{end}") for part in ("train", "validation")} | {"threads": 0}
     if name == "translation":
         fields["decoder"] = {"layers": 1}
         train, targets = str(texts / "train.en"), str(texts / "train.xx")
@@ -179,7 +217,7 @@ def plain(settings, texts, name):
     return settings
 
 
-@pytest.mark.parametrize("name", ["causal", "translation", "images", "classification"])
+@pytest.mark.parametrize("name", ["causal", "translation", "images", "classification", "tokens"])
 def test_what_is_held_out_is_not_trained_on(texts, tmp_path, name):
     """Of 40 examples 7 are for validation: other ones than the 33 that are trained on."""
     more = TASKS.get(name, {"task": "{name: classification}"})
@@ -192,7 +230,7 @@ def test_what_is_held_out_is_not_trained_on(texts, tmp_path, name):
     config = TrainConfig.from_dict(settings)
     data = config.task_data
     model = make_model(config, data, tmp_path, key=jax.random.key(0))
-    assert model.assets.classes == (("cat", "other") if name == "classification" else ())
+    assert model.assets.classes == {"classification": ("cat", "other"), "tokens": ("O", "B-x")}.get(name, ())
     assert pixel_scale(model.assets) == (((0.5,), (0.5,)) if name == "images" else None)
     train, validation = data.train(model.assets, model.config), data.validation(model.assets, model.config)
     assert (train.rows, validation.rows) == (33, 7)
@@ -228,6 +266,8 @@ def test_other_tasks(texts, checkpoint, tmp_path, name):
         del settings["tokenizer"]
         fields |= {"patches": {"size": 4, "channels": 1, "height": 8, "width": 8}}
         settings["data"] = {part: str(texts / f"{part}.npz") for part in ("train", "validation")} | {"threads": 0}
+    if name == "tokens":
+        settings["data"] = {part: str(texts / f"{part}.conll") for part in ("train", "validation")} | {"threads": 0}
     if name == "distill":
         settings["task"]["teacher"] = str(checkpoint)
         settings["model"] = {"load": str(checkpoint)}
@@ -242,6 +282,7 @@ def test_other_tasks(texts, checkpoint, tmp_path, name):
             "translation": "seq2seq_lm",
             "images": "sequence_classification",
             "distill": "pretraining",
+            "tokens": "token_classification",
         }[name]
     )
 

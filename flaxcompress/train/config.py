@@ -70,7 +70,8 @@ class TrainConfig:
         if training.z_loss and not self.task.has_z_loss:
             raise ValueError(f"training/z_loss: {self.task.name} has none; leave it out")
         self.optimizer.learning_rates(training.steps)
-        if (training.evaluate_every or training.keep_best or training.take_best) and not self.data.validates:
+        measured = (training.evaluate_every, training.keep_best, training.take_best, training.patience)
+        if any(measured) and not self.data.validates:
             raise ValueError(
                 "data/validation: names no file, and hold_out is 0, but training asks for evaluations or the best "
                 "checkpoint"

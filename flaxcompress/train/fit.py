@@ -59,6 +59,7 @@ def fit(
     best: str = "loss",
     best_mode: str = "min",
     take_best: bool = False,
+    patience: int = 0,
     watch: Watch = lambda step, values: None,
     memory: Memory | None = None,
     label: str = "training",
@@ -97,6 +98,7 @@ def fit(
       evaluate_every: steps between evaluations; 0: at the end only.
       best, best_mode: the metric that decides which checkpoint is best, and whether it should be "min" or "max".
       take_best: returns the best checkpoint's model, not the last one's.
+      patience: the run ends after so many evaluations in a row that were no better than the best; 0: never early.
       watch: called with (steps done, values), see `train`.
       memory: what a caller wants kept in checkpoints.
       label, progress: of the progress bar.
@@ -116,6 +118,8 @@ def fit(
         raise ValueError(f"fit: ema must lie between 0 and 1, got {ema}")
     if (take_best or keep_best) and (out is None or (validation is None and evaluation is None)):
         raise ValueError("fit: the best model is chosen among checkpoints; give out= and validation= or evaluation=")
+    if patience and (not evaluate_every or (validation is None and evaluation is None)):
+        raise ValueError("fit: patience counts evaluations; give evaluate_every and validation= or evaluation=")
     split, constants = objective.split()
     computed = compute_dtype() if dtype is None else DTYPES[dtype]
     terms = Program(split, model.config, computed, remat, unroll)
@@ -145,8 +149,9 @@ def fit(
             save_every=save_every,
             evaluation=measure,
             evaluate_every=evaluate_every,
-            best=(lambda found: sign * _named(found, best)) if keep_best or take_best else None,
+            best=(lambda found: sign * _named(found, best)) if keep_best or take_best or patience else None,
             take_best=take_best,
+            patience=patience,
             limits=limits,
             watch=watch if jax.process_index() == 0 else lambda step, values: None,
             memory=memory,

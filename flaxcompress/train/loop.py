@@ -67,6 +67,7 @@ def train(
     evaluate_every: int = 0,
     best: Callable[[Mapping[str, float]], float] | None = None,
     take_best: bool = False,
+    patience: int = 0,
     limits: Limits = Limits(),  # noqa: B008  (a tuple, never changed)
     watch: Watch = lambda step, values: None,
     memory: Memory | None = None,
@@ -88,6 +89,7 @@ def train(
         recipe averages them.
       best: metrics -> a number; checkpoints with the smallest are kept, if `checkpoints` keeps the best.
       take_best: the best checkpoint's parameters are returned, not the last ones.
+      patience: the run ends after so many evaluations in a row without a new best; 0: never early.
       watch: called with (steps done, values): every step's loss, terms, gradient_norm, accepted (0 or 1), seconds,
         waiting (seconds that the device waited for data, at most) and saving; and evaluations' values,
         "validation/…". A text that it returns stands beside the progress bar.
@@ -103,7 +105,7 @@ def train(
         run.stop = stack.enter_context(deferred_interrupts())
         run.advance = stack.enter_context(progress_bar(label, steps, show=progress and jax.process_index() == 0))
         run.advance(run.done)
-        while run.done < steps:
+        while run.done < steps and not 0 < patience <= run.stale:
             run.one()
             finished = run.done == steps
             due = finished or (evaluate_every > 0 and run.done % evaluate_every == 0)
@@ -111,6 +113,8 @@ def train(
                 run.evaluate(evaluation, best)
             if (run.done % save_every == 0 or finished or run.metric is not None) and run.settle():
                 run.save()
+            if 0 < patience <= run.stale:
+                log.warning("%s ends at step %d: %d evaluations were no better", label, run.done, run.stale)
             if run.is_stopping():
                 run.settle()
                 run.save(wait=True)
@@ -134,6 +138,8 @@ class _Training:
         self.rollbacks = 0
         self.saving = 0.0
         self.metric: float | None = None
+        self.least: float | None = None  # of the metrics of all evaluations
+        self.stale = 0  # evaluations since
         self.pending: tuple[int, Report, dict[str, float]] | None = None
         self.stopping = False
         self.smooth: float | None = None
@@ -165,6 +171,7 @@ class _Training:
 
     def _recall(self, extra: dict[str, Any]) -> None:
         self.rollbacks, self.smooth = extra["rollbacks"], extra["smooth"]
+        self.least, self.stale = extra.get("least"), extra.get("stale", 0)
         if self.memory is not None:
             self.memory.recall(extra["memory"])
 
@@ -232,6 +239,8 @@ class _Training:
         self.watch(self.done, {f"validation/{name}": value for name, value in found.items()})
         if best is not None:
             self.metric = best(found)
+            better = self.least is None or self.metric < self.least
+            self.least, self.stale = (self.metric, 0) if better else (self.least, self.stale + 1)
         self.before = time.perf_counter()
 
     def params(self) -> Any:
@@ -245,6 +254,7 @@ class _Training:
             return
         began = time.perf_counter()
         extra = {"data": self.position, "rollbacks": self.rollbacks, "smooth": self.smooth}
+        extra |= {"least": self.least, "stale": self.stale}
         extra["memory"] = None if self.memory is None else self.memory.keep()
         self.checkpoints.save(self.done, self.state, extra, metric=self.metric)
         self.metric = None

@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from flaxcompress.config import closest
+from flaxcompress.train.depth import scale_by_depth, unfreeze_by_depth
 from flaxcompress.train.leaves import describe, each_set, matrices
 from flaxcompress.train.schedule import ENDING, SCHEDULES, make_schedule
 
@@ -55,6 +56,9 @@ class Optimizer:
       b2: how slowly second moments decay (lion: the momentum itself); None: 0.999, lion's 0.99.
       eps: beside the root of second moments; None: 1e-8, LAMB's 1e-6, and 1e-30 in Adafactor's squares.
       clip: the largest global norm of the gradient; None: any.
+      layer_decay: the learning rate of each layer as a share of that of the layer above; None: all have the same.
+      unfreeze_every: so many steps after the head the topmost layer begins to move, after as many the next, the
+        embedding last; 0: all move from the start.
 
     Raises ValueError for unknown names, numbers out of range, and settings that the optimizer or schedule lacks.
     """
@@ -70,6 +74,8 @@ class Optimizer:
     b2: float | None = None
     eps: float | None = None
     clip: float | None = 1.0
+    layer_decay: float | None = None
+    unfreeze_every: int = 0
 
     def __post_init__(self):
         for kind, given, known in (("name", self.name, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
@@ -84,6 +90,10 @@ class Optimizer:
         for name, low, high in (("end", 0.0, 1.0), ("weight_decay", 0.0, float("inf"))):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"optimizer: {name} must lie in {low:g} … {high:g}, got {getattr(self, name)}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer: layer_decay must lie in (0, 1], got {self.layer_decay}")
+        if self.unfreeze_every < 0:
+            raise ValueError(f"optimizer: unfreeze_every must not be negative, got {self.unfreeze_every}")
         if not 0 < self.cooldown <= 1:
             raise ValueError(f"optimizer: cooldown must lie in (0, 1], got {self.cooldown}")
         if self.warmup is not None and self.warmup < 0:
@@ -126,6 +136,10 @@ class Optimizer:
             parts.append(optax.add_decayed_weights(self.weight_decay, mask=matrices))
         if self.name == "lamb":
             parts.append(optax.masked(each_set(optax.scale_by_trust_ratio()), matrices))
+        if self.layer_decay is not None:
+            parts.append(scale_by_depth(self.layer_decay))
+        if self.unfreeze_every:
+            parts.append(unfreeze_by_depth(self.unfreeze_every))
         return optax.chain(*parts, optax.scale_by_learning_rate(self.learning_rates(steps)))
 
 

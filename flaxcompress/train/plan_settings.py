@@ -12,6 +12,7 @@ from flaxcompress.config import ModelConfig
 from flaxcompress.config.yaml_file import read_yaml, with_changes, with_variables
 from flaxcompress.data.train_tokenizer import vocabulary_size
 from flaxcompress.folder import resolve
+from flaxcompress.heads import COUNTED
 from flaxcompress.text import read_assets
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.structure import structure
@@ -40,7 +41,7 @@ def planned_structure(settings: TrainConfig) -> ModelConfig:
       FileNotFoundError: no such model, tokenizer or data.
     """
     model, data = settings.model, settings.task_data
-    has_classes = settings.task.head == "sequence_classification"
+    has_classes = settings.task.head in COUNTED
     if has_classes and model.classes is None and settings.data.train == (_UNREAD,):
         raise ValueError("model/classes: a plan without data needs them; give their number")
     if model.load is not None:

@@ -36,7 +36,7 @@ from flaxcompress.train.watch import ShapedBatches, Watcher
 
 _PROFILED = 10  # steps
 _SAME = ("steps", "accumulate", "remat", "unroll", "dtype", "memory_limit", "ema", "spike", "save_every")
-_SAME += ("keep_last", "keep_best", "evaluate_every", "best", "best_mode", "take_best")
+_SAME += ("keep_last", "keep_best", "evaluate_every", "best", "best_mode", "take_best", "patience")
 
 
 def run(

@@ -172,14 +172,17 @@ class TrainingSettings:
     best: str = "loss"
     best_mode: Literal["min", "max"] = "min"
     take_best: bool = False
+    patience: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "length", "accumulate", "unroll", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training/{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("keep_best", "evaluate_every", "z_loss"):
+        for name in ("keep_best", "evaluate_every", "z_loss", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"training/{name}: must not be negative, got {getattr(self, name)}")
+        if self.patience and not self.evaluate_every:
+            raise ValueError("training/patience: counts evaluations; set evaluate_every")
         if self.validation_batches is not None and self.validation_batches < 1:
             raise ValueError(f"training/validation_batches: must be at least 1, got {self.validation_batches}")
         if not 0 <= self.seed < 2**32:

@@ -13,6 +13,7 @@ from flaxcompress import storage
 from flaxcompress.data.frame import special_id
 from flaxcompress.data.train_tokenizer import train_tokenizer, vocabulary_size
 from flaxcompress.folder import load, resolve
+from flaxcompress.heads import COUNTED
 from flaxcompress.lora import with_lora
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, generation_config_file, read_assets
@@ -64,7 +65,7 @@ def _with_head(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:
     model = load(settings.load)
     fits = wanted == "none" or model.config.head == wanted or (wanted == "masked_lm" and model.config.head in _MASKED)
     classes = _classes(settings, data)
-    if fits and (wanted != "sequence_classification" or classes in (None, model.config.classes)):
+    if fits and (wanted not in COUNTED or classes in (None, model.config.classes)):
         return model
     return load(settings.load, head=wanted, classes=classes, key=key)
 

@@ -5,6 +5,7 @@ from flaxcompress.data.tasks.classification import classification_batches
 from flaxcompress.data.tasks.images import image_batches
 from flaxcompress.data.tasks.masked_lm import masked_lm_batches
 from flaxcompress.data.tasks.span_corruption import span_corruption_batches
+from flaxcompress.data.tasks.tagging import tagging_batches
 from flaxcompress.data.tasks.translation import translation_batches
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "image_batches",
     "masked_lm_batches",
     "span_corruption_batches",
+    "tagging_batches",
     "translation_batches",
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flaxcompress.data.conll import Tagged, read_conll
-from flaxcompress.data.frame import check_vocabulary, find_frame, whole_tokenizer
+from flaxcompress.data.words import tagged_parts
 from flaxcompress.evaluate.classes import agreement
 from flaxcompress.evaluate.entities import OUTSIDE, entities, entity_scores
 from flaxcompress.evaluate.tasks.labels import class_names, class_numbers
@@ -75,14 +75,6 @@ def _same(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> float:
     return agreement(*flat)
 
 
-class _Part(NamedTuple):
-    """A row of tokens, and the place of the first token of words of a sentence in it."""
-
-    ids: list[int]
-    sentence: int
-    places: dict[int, int]
-
-
 def _tags(
     model: Model,
     words: Sequence[Sequence[str]],
@@ -99,7 +91,7 @@ def _tags(
     for name, number in zip(names, numbers, strict=True):
         spelled[number] = name
     out = [[OUTSIDE] * len(row) for row in words]
-    parts = list(_parts(model, words))
+    parts = list(tagged_parts(model.assets, words, length=model.assets.max_length, vocabulary=model.config.vocabulary))
     if len(parts) > len({part.sentence for part in parts}):
         log.warning("sentences of over %d tokens were read in parts", model.assets.max_length)
     rows = [part.ids for part in parts]
@@ -108,36 +100,4 @@ def _tags(
             part = parts[number]
             for word, place in part.places.items():
                 out[part.sentence][word] = spelled[best[place]]
-    return out
-
-
-def _parts(model: Model, words: Sequence[Sequence[str]]) -> Iterator[_Part]:
-    """Sentences as rows of tokens: their words with blanks between, as one text; cut where a word begins."""
-    frame, tokenizer = find_frame(model.assets), whole_tokenizer(model.assets)
-    room = model.assets.max_length - frame.single_size
-    if room < 1:
-        raise ValueError(f"{_TASK}: {model.assets.max_length} tokens leave no room beside the special ones")
-    texts = [" ".join(row) for row in words]
-    for number, found in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
-        ids, firsts = list(found.ids), _first_tokens(words[number], found.offsets)
-        check_vocabulary(max(ids, default=0), model.config.vocabulary)
-        borders = sorted({*firsts.values(), len(ids)})
-        start = 0
-        while start < len(ids):
-            stop = max((place for place in borders if start < place <= start + room), default=start + room)
-            places = {w: p - start + len(frame.before) for w, p in firsts.items() if start <= p < stop}
-            yield _Part([*frame.before, *ids[start:stop], *frame.after], number, places)
-            start = stop
-
-
-def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """{word: the first token that holds its first character}; words without tokens are left out."""
-    out, begin, token = {}, 0, 0
-    for number, word in enumerate(words):
-        while token < len(offsets) and offsets[token][1] <= begin:
-            token += 1
-        end = begin + len(word)
-        if token < len(offsets) and offsets[token][0] < end:
-            out[number] = token
-        begin = end + 1
     return out

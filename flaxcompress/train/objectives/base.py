@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -99,28 +99,35 @@ class Program:
 
 
 def cross_entropy(
-    logits: Float[Array, "*B V"], labels: Integer[Array, "*B"], *, smoothing: float = 0.0, z_loss: float = 0.0
+    logits: Float[Array, "*B V"],
+    labels: Integer[Array, "*B"],
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    weights: Sequence[float] = (),
 ) -> Terms:
     """-log softmax(logits)[label] over the labels that count, in float32, and how many of them are the largest logit.
 
     Args:
       smoothing: the share of the target spread over all V (Szegedy et al. 2016, §7).
       z_loss: adds z·log²Z, Z the softmax's normaliser, which keeps logits from drifting (Chowdhery et al. 2022, §5).
+      weights: of the V classes: what a label counts in the mean; all count alike where there are none.
     """
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORED
-    weights = counts.astype(jnp.float32)
+    counted = counts.astype(jnp.float32)
     chosen, normaliser, largest = label_scores(logits, labels, whole=not is_on_mesh())
     value = normaliser - chosen
     if smoothing:
         value = (1.0 - smoothing) * value + smoothing * (normaliser - logits.mean(-1))
     if z_loss:
         value = value + z_loss * jnp.square(normaliser)
-    right = largest & counts
-    total = weights.sum()
+    right, number = largest & counts, counted.sum()
+    if weights:
+        counted = counted * jnp.asarray(weights, jnp.float32)[jnp.where(counts, labels, 0)]
     return {
-        "cross_entropy": Term(jnp.where(counts, value, 0.0).sum(), total),
-        "accuracy": Term(right.astype(jnp.float32).sum(), total, 0.0),
+        "cross_entropy": Term(jnp.where(counts, counted * value, 0.0).sum(), counted.sum()),
+        "accuracy": Term(right.astype(jnp.float32).sum(), number, 0.0),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +20,17 @@ class Classification(Objective):
 
     Attributes:
       label_smoothing: see `cross_entropy`.
+      class_weights: what a label of each class counts; (): all alike.
     """
 
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if any(not 0 <= weight < math.inf for weight in self.class_weights) or (
+            self.class_weights and not any(self.class_weights)
+        ):
+            raise ValueError(f"classification: class_weights must not be negative, got {list(self.class_weights)}")
 
     def loss(self, run: Run, constants: Any, batch: Mapping[str, Any]) -> Terms:
         del constants
@@ -29,7 +38,10 @@ class Classification(Objective):
         if run.config.head == "span":
             logits = jnp.swapaxes(logits, -1, -2)
         if not jnp.issubdtype(labels.dtype, jnp.floating):
-            return cross_entropy(logits, labels, smoothing=self.label_smoothing)
+            if self.class_weights and len(self.class_weights) != logits.shape[-1]:
+                given, classes = len(self.class_weights), logits.shape[-1]
+                raise ValueError(f"classification: {given} class_weights, but the model has {classes} classes")
+            return cross_entropy(logits, labels, smoothing=self.label_smoothing, weights=self.class_weights)
         if logits.shape[-1] != 1:
             raise ValueError(f"classification: float labels need a head of one class, not {logits.shape[-1]}")
         counts = jnp.isfinite(labels)

@@ -15,6 +15,7 @@ from flaxcompress.train.tasks.distillation import DistillTask
 from flaxcompress.train.tasks.images import ImagesTask
 from flaxcompress.train.tasks.masked_lm import MaskedLMTask
 from flaxcompress.train.tasks.span_corruption import SpanCorruptionTask
+from flaxcompress.train.tasks.tagging import TaggingTask
 from flaxcompress.train.tasks.translation import TranslationTask
 
 __all__ = ["TASKS", "Task", "TaskData", "read_task"]
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
         SpanCorruptionTask,
         TranslationTask,
         ClassificationTask,
+        TaggingTask,
         ImagesTask,
         DistillTask,
     )

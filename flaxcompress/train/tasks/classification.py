@@ -69,6 +69,7 @@ class ClassificationTask(Task):
     Attributes:
       label_smoothing: the share of the target spread over all classes.
       regression: labels are numbers.
+      class_weights: what an example of each class counts, in the order of the classes.
     """
 
     name: ClassVar[str] = "classification"
@@ -77,6 +78,11 @@ class ClassificationTask(Task):
 
     label_smoothing: float = 0.0
     regression: bool = False
+    class_weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.regression and (self.class_weights or self.label_smoothing):
+            raise ValueError("task: numbers have no classes; leave class_weights and label_smoothing out")
 
     @property
     def head(self):
@@ -86,7 +92,7 @@ class ClassificationTask(Task):
         return LabelledData(self, files, training)
 
     def objective(self, z_loss):
-        return Classification(label_smoothing=self.label_smoothing)
+        return Classification(label_smoothing=self.label_smoothing, class_weights=self.class_weights)
 
     def shapes(self, rows, length, model):
         labels = jax.ShapeDtypeStruct((rows,), jnp.float32 if self.regression else jnp.int32)
