@@ -38,13 +38,13 @@ from flaxcompress.export import export, load_adapter
 from flaxcompress.folder import load, save
 from flaxcompress.heads import with_head
 from flaxcompress.lexicon import with_lexicon
-from flaxcompress.lora import merged, with_lora, without_lora
 from flaxcompress.model import Model, ModelOutput
 from flaxcompress.nn import register_head
 from flaxcompress.terms import Terms
 from flaxcompress.text import Assets, Pooling
 from flaxcompress.train import Classification, Distill, MaskedLM, NextToken, Optimizer, fit
 from flaxcompress.train.mesh import make_mesh
+from flaxcompress.tuning import merged, with_adapters, with_lora, without_lora
 
 __version__ = "0.1.0"
 
@@ -106,6 +106,7 @@ __all__ = [
     "profile",
     "register_head",
     "save",
+    "with_adapters",
     "with_head",
     "with_lexicon",
     "with_lora",

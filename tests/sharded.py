@@ -75,7 +75,7 @@ def structures():
     import dataclasses
 
     import flaxcompress as fc
-    from flaxcompress.config import Linformer, Nystrom
+    from flaxcompress.config import Adapters, Linformer, Nystrom
     from flaxcompress.config.format_rule import FormatRule
 
     config = fc.ModelConfig(**BASE)
@@ -91,6 +91,7 @@ def structures():
     on_basis = {"kind": "low_rank", "rank": 4, "left": {"kind": "basis"}}
     two = dataclasses.replace(fc.Sharing.own(4), bases=(0, 0, 1, 1))
     out["bases"] = config.replace(layers=4, sharing=two).with_rule(r"layers/\d+/\w+/(query|up|down)/kernel", on_basis)
+    out["adapters"] = config.replace(adapters=Adapters(width=4))
     out["linformer"] = config.replace(attention=Linformer(length=4))
     out["nystrom"] = config.replace(attention=Nystrom(landmarks=4, convolution=3))
     out["kernels"] = config.replace(projection_kernel=3, feed_forward_kernel=3)

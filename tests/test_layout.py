@@ -17,7 +17,7 @@ PACKAGE = ROOT / "flaxcompress"
 KERNELS = ROOT / "kernels" / "pallas"
 # A unit (a file or a folder of the package) imports only from units to its left. `machine`, `sentence_piece`,
 # `tokenizer`, `storage` and `progress` are helpers beside `text`, `card` is one of `folder`; `encoding`, `blocks`,
-# `inputs` and `decoding` are of `model`; `heads`, `lexicon` and `lora` put something on one.
+# `inputs` and `decoding` are of `model`; `heads`, `lexicon` and `tuning` put something on one.
 ORDER = (
     *(
         "config",
@@ -45,7 +45,7 @@ ORDER = (
         "model",
         "heads",
         "lexicon",
-        "lora",
+        "tuning",
         "weights",
         "folder",
         "data",

@@ -19,13 +19,13 @@ from flaxcompress import cli, tree
 from flaxcompress.config.yaml_file import dump_yaml, read_yaml, with_changes
 from flaxcompress.data.images import pixel_scale
 from flaxcompress.folder import load, save
-from flaxcompress.lora import adapters, without_lora
 from flaxcompress.train import outputs
 from flaxcompress.train.config import TrainConfig
 from flaxcompress.train.metrics import read_metrics
 from flaxcompress.train.outputs import Outputs
 from flaxcompress.train.run import run
 from flaxcompress.train.task_model import make_model
+from flaxcompress.tuning.lora import adapters, without_lora
 
 WORDS = ["the", "a", "one", "two", "red", "blue", "green", "small", "large", "old", "new", "cat", "dog", "tree"]
 WORDS += ["house", "river", "bird", "stone", "sees", "finds", "likes"]
@@ -161,7 +161,10 @@ def test_adapters_alone_are_trained_with_the_head(texts, checkpoint, tmp_path):
     """The kernels stay as they are, bit for bit; PEFT's format can be written from the folder."""
     settings = small(texts, tmp_path / "run", task="{name: classification}")
     del settings["tokenizer"]
-    settings["model"] = {"load": str(checkpoint), "lora": {"rank": 2, "pattern": ".*/(query|value)/kernel"}}
+    settings["model"] = {
+        "load": str(checkpoint),
+        "tuning": {"name": "lora", "rank": 2, "pattern": ".*/(query|value)/kernel"},
+    }
     settings["data"] |= {"train": str(texts / "train.tsv"), "validation": str(texts / "validation.tsv")}
     run(TrainConfig.from_dict(settings))
     before, after = load(checkpoint), load(tmp_path / "run" / "model")
@@ -177,9 +180,11 @@ def test_adapters_alone_are_trained_with_the_head(texts, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ({"config": {"width": 8}, "lora": {}}, "give load"),
-        ({"load": "minilm", "lora": {"rank": 0}}, "rank must be at least 1"),
-        ({"load": "minilm", "lora": {"initializer": "eva"}}, "'eva' is not allowed"),
+        ({"config": {"width": 8}, "tuning": "lora"}, "give load"),
+        ({"load": "minilm", "tuning": {"name": "lora", "rank": 0}}, "rank must be at least 1"),
+        ({"load": "minilm", "tuning": {"name": "lora", "initializer": "eva"}}, "'eva' is not allowed"),
+        ({"load": "minilm", "tuning": {"name": "lorax"}}, "unknown kind 'lorax'; did you mean 'lora'"),
+        ({"load": "minilm", "tuning": {"rank": 2}}, "expected a name, or settings with a name"),
     ],
 )
 def test_adapters_that_cannot_be(texts, tmp_path, model, message):

@@ -7,19 +7,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flaxcompress.config.adapters import Adapters
 from flaxcompress.config.attention import AttentionKind, Latent, read_attention
 from flaxcompress.config.classifier import Classifier
 from flaxcompress.config.deepnorm import DeepNorm, deepnorm, deepnorm_decoder, deepnorm_encoder
 from flaxcompress.config.deltas import Deltas
 from flaxcompress.config.format_rule import FormatRule, read_rules, thaw
 from flaxcompress.config.lexicon import Lexicon
-from flaxcompress.config.names import closest, reject_unknown
+from flaxcompress.config.names import ACTIVATIONS, closest, reject_unknown
 from flaxcompress.config.part import part_reader
 from flaxcompress.config.patches import Patches
 from flaxcompress.config.rotary import Rotary
 from flaxcompress.config.sharing import SUBLAYERS, Sharing, read_sharing
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 NORMS = ("layer", "rms")
 NORM_PLACES = ("post", "pre", "sandwich")
 PARALLEL = ("none", "one_norm", "two_norms")
@@ -52,6 +52,7 @@ _READERS: dict[str, Any] = {
     "rotary": part_reader(Rotary),
     "patches": part_reader(Patches),
     "deltas": part_reader(Deltas),
+    "adapters": part_reader(Adapters),
     "classifier": part_reader(Classifier),
     "lexicon": part_reader(Lexicon),
     "formats": read_rules,
@@ -94,6 +95,7 @@ class ModelConfig:
       patches: images instead of token ids: `vocabulary` is then 0.
       deltas: what each layer adds to its linear maps, low-rank; None: nothing. Without a map in `sharing`, every layer
         owns its deltas.
+      adapters: narrow networks behind sublayers; they belong to the weight sets of the norms. None: there are none.
       classes: C, of a classifier's head; 2 for answer spans, whose classes are the first and the last token. Beside a
         masked LM ("pretraining"), of two sentences: in order or not, or the second one following the first or not.
       classifier: what such a head does before its map to the classes.
@@ -165,6 +167,7 @@ class ModelConfig:
     rotary: Rotary | None = None
     patches: Patches | None = None
     deltas: Deltas | None = None
+    adapters: Adapters | None = None
     classes: int = 0
     classifier: Classifier = Classifier()  # noqa: RUF009  (frozen)
     position_embedding: str = "learned"
@@ -293,6 +296,10 @@ class ModelConfig:
         self._check_feed_forward_width()
         self._check_deltas()
         self._check_bases()
+        if self.adapters is not None and self.adapters.within(self) != self.adapters:
+            raise ValueError(
+                f"config: adapters stand behind {', '.join(self.adapters.after)}, not all of which is there"
+            )
         if len(self.sharing.attention) != self.layers:
             raise ValueError(f"sharing: the maps have {len(self.sharing.attention)} entries for {self.layers} layers")
         object.__setattr__(self, "formats", tuple(self.formats))

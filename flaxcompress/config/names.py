@@ -1,9 +1,11 @@
-"""Errors about names: what exists, and what is closest to what was given."""
+"""Names: those of activations, and errors about others: what exists, and what is closest to what was given."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -82,6 +82,9 @@ class Network:
         for number in sets["norms"]:
             for name in self.norm_names(number):
                 self.add_norm(f"layers/{number}/norms/{name}", width)
+            for name in c["adapters"]["after"] if c["adapters"] else ():
+                self.add_linear(f"layers/{number}/norms/{name}_adapter/down_project", width, c["adapters"]["width"])
+                self.add_linear(f"layers/{number}/norms/{name}_adapter/up_project", c["adapters"]["width"], width)
         for number in sets.get("deltas", ()):
             self._declare_deltas(number, c["sharing"]["deltas"].index(number))
         for layer, number in enumerate(c["sharing"].get("bases", ())):
@@ -424,11 +427,19 @@ class Network:
         for name, sublayer in sublayers.items():
             norm = f"{norms}/{'attention' if c['parallel'] == 'one_norm' else name}"
             y, other[name] = sublayer(self.norm(x, norm) if before and self.has(f"{norm}/scale") else x)
-            y = self.norm(self.drop(y), f"{norms}/{name}_after") if c["norm_place"] == "sandwich" else self.drop(y)
+            y = self.adapted(self.drop(y), f"{norms}/{name}_adapter")
+            y = self.norm(y, f"{norms}/{name}_after") if c["norm_place"] == "sandwich" else y
             if self.root.training and rate:
                 y = y * (torch.rand(len(y), 1, 1, device=y.device) >= rate) / (1 - rate)
             total = total + y
         return total if before else self.norm(total, f"{norms}/{next(iter(sublayers))}"), other
+
+    def adapted(self, y, address):
+        """y + up(activation(down(y))) where there is an adapter."""
+        if not self.has(f"{address}/down_project/kernel"):
+            return y
+        activate = ACTIVATIONS[self.structure["adapters"]["activation"]]
+        return y + self.linear(activate(self.linear(y, f"{address}/down_project")), f"{address}/up_project")
 
     def feed_forward(self, x, address, seen):
         """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)); a convolution may come before."""

@@ -23,9 +23,9 @@ from flaxcompress.export.torch import check_stock, stored_address
 from flaxcompress.families import FAMILIES
 from flaxcompress.families.base import Stored
 from flaxcompress.formats import Adapted, LowRank, materialize
-from flaxcompress.lora import adapters
 from flaxcompress.model import Model, replace_matrices
 from flaxcompress.nn.bases import is_on_basis
+from flaxcompress.tuning.lora import adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from flaxcompress.config import SUBLAYERS, ModelConfig
 from flaxcompress.formats.base import vector_init
+from flaxcompress.nn.adapter import Adapter
 from flaxcompress.nn.logical import constrain
 from flaxcompress.ops import layer_norm, rms_norm
 
@@ -40,7 +41,7 @@ class Norm(nn.Module):
 
 
 class Norms(nn.Module):
-    """The norms of one layer, one weight set: they are shared (or not) apart from the matrices.
+    """The norms of one layer, one weight set, and its adapters: they are shared (or not) apart from the matrices.
 
     Attributes:
       number: the weight set; without `config.first_norm` the first one has no norm before attention.
@@ -53,6 +54,9 @@ class Norms(nn.Module):
     def setup(self):
         for name in norm_names(self.config, self.number):
             setattr(self, name, Norm(self.config, f"{self.prefix}layers/{self.number}/norms/{name}"))
+        for name in self.config.adapters.after if self.config.adapters else ():
+            address = f"{self.prefix}layers/{self.number}/norms/{name}_adapter"
+            setattr(self, f"{name}_adapter", Adapter(self.config, address))
 
     def residual(
         self, x: Float[Array, "B T D"], sublayers: Mapping[str, Sublayer], *, drop_rate: Float[Array, ""] | None = None
@@ -67,6 +71,7 @@ class Norms(nn.Module):
         for name, sublayer in sublayers.items():
             shared = "attention" if config.parallel == "one_norm" else name
             y, other[name] = sublayer(self._norm(shared, x) if before else x)
+            y = y if (adapter := getattr(self, f"{name}_adapter", None)) is None else adapter(y)
             y = self._norm(f"{name}_after", y) if config.norm_place == "sandwich" else y
             total = constrain(total + self._drop(y, drop_rate), "batch", "length", None)
         return total if before else self._norm(next(iter(sublayers)), total), other

@@ -11,7 +11,6 @@ from typing import Any
 from flaxcompress.config import reject_unknown
 from flaxcompress.config.typed import convert
 from flaxcompress.config.yaml_file import differences, dump_yaml, read_yaml, with_changes, with_variables
-from flaxcompress.lora import TRAINABLE
 from flaxcompress.train.mesh import parse_mesh
 from flaxcompress.train.optimizer import Optimizer
 from flaxcompress.train.settings import (
@@ -81,8 +80,10 @@ class TrainConfig:
     @property
     def trainable(self) -> str:
         """The pattern of what is trained (see `partition`)."""
-        given = self.training.trainable
-        return (".*" if self.model.lora is None else f"{TRAINABLE}|head/.*") if given is None else given
+        if self.training.trainable is not None:
+            return self.training.trainable
+        tuning = self.model.tuning
+        return ".*" if tuning is None else f"{tuning.trainable}|head/.*"
 
     @property
     def task_data(self) -> TaskData:
@@ -138,6 +139,8 @@ class TrainConfig:
         """All settings, defaults included, as plain values: what is written to config.yaml in `out`."""
         out = _plain(dataclasses.asdict(self))
         out["task"] = {"name": self.task.name, **out["task"]}
+        if (tuning := self.model.tuning) is not None:
+            out["model"]["tuning"] = {"name": tuning.name, **out["model"]["tuning"]}
         return out
 
     def to_yaml(self) -> str:

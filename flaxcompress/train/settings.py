@@ -6,28 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from flaxcompress.lora import PATTERN
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Adapters on a loaded model's kernels: they and the head are what is trained (see `with_lora`).
-
-    Attributes:
-      rank, alpha, pattern, stabilized, initializer: as `with_lora` has them; "eva" needs data, and is for Python.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    pattern: str = PATTERN
-    stabilized: bool = False
-    initializer: Literal["zero", "pissa"] = "zero"
-
-    def __post_init__(self):
-        if self.rank < 1 or not self.alpha > 0:
-            raise ValueError(
-                f"model/lora: rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}"
-            )
+from flaxcompress.tuning import Tuning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +21,7 @@ class ModelSettings:
         low_rank may have keep, a share of a matrix's values, in place of rank.
       head: the model's head; None: the task's, or the one that a loaded model has for the task.
       classes: C, of a classifier.
-      lora: adapters for a loaded model.
+      tuning: what is put on a loaded model, and trained alone with the head: lora, adapters, biases (see `tuning`).
     """
 
     load: str | None = None
@@ -50,11 +29,11 @@ class ModelSettings:
     config: Mapping[str, Any] | None = None
     head: str | None = None
     classes: int | None = None
-    lora: LoraSettings | None = None
+    tuning: Tuning | None = None
 
     def __post_init__(self):
-        if self.lora is not None and self.load is None:
-            raise ValueError("model/lora: adapters are for a model that was trained; give load")
+        if self.tuning is not None and self.load is None:
+            raise ValueError(f"model/tuning: {self.tuning.name} is for a model that was trained; give load")
         if self.load is not None and (self.architecture is not None or self.config is not None):
             raise ValueError("model: a loaded model has its structure; give load, or architecture and config")
         if self.load is None and self.architecture is None and self.config is None:
@@ -146,7 +125,7 @@ class TrainingSettings:
         many, evenly apart. Each costs a compilation.
       seed: of everything random: the start, dropout, the order of the data.
       z_loss: see `cross_entropy`.
-      trainable: None: everything, or with adapters these and the head.
+      trainable: None: everything, or what the tuning says and the head.
       validation_batches: batches of an evaluation at most; None: all.
     """
 

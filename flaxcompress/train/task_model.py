@@ -14,7 +14,6 @@ from flaxcompress.data.frame import special_id
 from flaxcompress.data.train_tokenizer import train_tokenizer, vocabulary_size
 from flaxcompress.folder import load, resolve
 from flaxcompress.heads import COUNTED
-from flaxcompress.lora import with_lora
 from flaxcompress.model import Model
 from flaxcompress.text import Assets, generation_config_file, read_assets
 from flaxcompress.train.cluster import same_everywhere
@@ -50,11 +49,9 @@ def make_model(config: TrainConfig, data: TaskData, folder: Path, *, key: jax.Ar
 
 
 def load_model(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:
-    """The model that the settings name, with a head for the task, and adapters; `key` draws what it does not have."""
-    model, lora = _with_head(config, data, key=key), config.model.lora
-    if lora is None:
-        return model
-    return with_lora(model, **dataclasses.asdict(lora), key=jax.random.fold_in(key, 1))
+    """The model that the settings name, with a head for the task and what is tuned; `key` draws what it has not."""
+    model, tuning = _with_head(config, data, key=key), config.model.tuning
+    return model if tuning is None else tuning(model, key=jax.random.fold_in(key, 1))
 
 
 def _with_head(config: TrainConfig, data: TaskData, *, key: jax.Array) -> Model:

@@ -7,10 +7,11 @@ W may be in any format: over integers this is QLoRA (Dettmers et al. 2023). PEFT
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,36 @@ from flaxcompress.config import closest
 from flaxcompress.formats import Adapted, Format, LowRank, materialize, spec_of
 from flaxcompress.model import Model, replace_matrices
 from flaxcompress.nn.bases import is_on_basis
+from flaxcompress.tuning.base import Tuning, register
 
 PATTERN = r"layers/\d+/attention/(query|value)/kernel"  # what Hu et al. adapt
 TRAINABLE = r".*\.delta\..*"  # `fit(…, trainable=TRAINABLE)`
 INITIALIZERS = ("zero", "pissa", "eva")
+
+
+@register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora(Tuning):
+    """A product of low rank beside kernels; the fields are those of `with_lora`, whose "eva" needs data."""
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = 8
+    alpha: float = 16.0
+    pattern: str = PATTERN
+    stabilized: bool = False
+    initializer: Literal["zero", "pissa"] = "zero"
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"lora: rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+
+    @property
+    def trainable(self):
+        return TRAINABLE
+
+    def __call__(self, model, *, key):
+        return with_lora(model, **dataclasses.asdict(self), key=key)
 
 
 def with_lora(

@@ -12,11 +12,12 @@ import optax
 import pytest
 
 import flaxcompress as fc
-from flaxcompress import cli, linalg, lora, tree
+from flaxcompress import cli, linalg, tree
 from flaxcompress.compress import Context
 from flaxcompress.data.batches import StepBatches
 from flaxcompress.formats import Adapted, Quantized, materialize
 from flaxcompress.train.trainable import partition, thaw_model
+from flaxcompress.tuning import lora
 
 EPS = float(np.finfo(np.float32).eps)
 QUERY = "layers/0/attention/query/kernel"
