@@ -6,8 +6,8 @@ Question: `Allocate` for the file sizes that the shipped recipes have, healed as
 Commands (results are added to experiments/one_budget.json):
 
     export FLAXCOMPRESS_DATA=…    # the folder that holds wikitext2/ and stsb/
-    python experiments/one_budget.py run balanced small                 # healed, on WikiText-2
-    python experiments/one_budget.py run --table-weight 2.5 balanced tiny "3.9 MB"
+    python experiments/one_budget.py run balanced small tiny "3.9 MB"   # healed, on WikiText-2
+    python experiments/one_budget.py run small --weights '{}'           # all losses count alike
     python experiments/one_budget.py kinds 10x 12x 16x 24x              # not healed, on docstrings
     python experiments/one_budget.py table
 
@@ -106,21 +106,27 @@ def compressed(recipe: fc.Recipe, original: fc.Model, asked: float, calibration:
     return measured(small, report, original, asked, time.perf_counter() - start)
 
 
-def run(names: list[str], table_weight: float) -> None:
-    """The sizes and the healing of recipes written by hand (shipped, or in minilm_frontier.json), chosen together."""
+def run(names: list[str], weights: dict[str, float] | None) -> None:
+    """The sizes and the healing of recipes written by hand (shipped, or in minilm_frontier.json), chosen together.
+
+    Args:
+      weights: instead of those that `Recipe.with_target` gives.
+    """
     original = fc.load("minilm")
     frontier = json.loads((HERE / "minilm_frontier.json").read_text("utf-8"))
     for name in names:
         asked = frontier[name]["MB"] * 1e6
         by_hand = fc.Recipe.load(name) if name in recipe_names() else fc.Recipe.from_json(frontier[name]["recipe"])
         recipe = by_hand.with_target(f"{int(asked)}B", original)
-        changed = (
-            dataclasses.replace(step, table_weight=table_weight) if isinstance(step, fc.Allocate) else step
-            for step in recipe.steps
-        )
-        recipe = fc.Recipe(list(changed), recipe.description, recipe.scrambled)
-        weighed = "" if table_weight == 1.0 else f", table's losses times {table_weight:g}"
-        keep(f"{name}, chosen together{weighed}", compressed(recipe, original, asked, [data("wikitext2/train.txt.gz")]))
+        label = f"{name}, chosen together"
+        if weights is not None:
+            changed = (
+                dataclasses.replace(step, weights=weights) if isinstance(step, fc.Allocate) else step
+                for step in recipe.steps
+            )
+            recipe = fc.Recipe(list(changed), recipe.description, recipe.scrambled)
+            label += f", weights {json.dumps(weights)}"
+        keep(label, compressed(recipe, original, asked, [data("wikitext2/train.txt.gz")]))
 
 
 def kinds(targets: list[str]) -> None:
@@ -162,12 +168,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
     runs.add_argument("names", nargs="+")
-    runs.add_argument("--table-weight", type=float, default=1.0, help="see Allocate")
+    runs.add_argument(
+        "--weights", type=json.loads, help="of Allocate, such as '{\"table\": 2.0}'; by default the recipe's"
+    )
     commands.add_parser("kinds").add_argument("targets", nargs="+")
     commands.add_parser("table")
     options = parser.parse_args()
     if options.command == "run":
-        run(options.names, options.table_weight)
+        run(options.names, options.weights)
     elif options.command == "kinds":
         kinds(options.targets)
     else:

@@ -96,10 +96,10 @@ class Compress(Verb):
         if self.low_memory:
             return self._by_layer(recipe, out)
         model = load(self.model)
-        if (target := self.target or self.max_drop) is not None:
-            recipe = recipe.with_target(target, model)
         if self.heal_steps is not None:
             recipe = recipe.with_heal_steps(self.heal_steps)
+        if (target := self.target or self.max_drop) is not None:
+            recipe = recipe.with_target(target, model)
         if self.dry_run:
             return self._plan(model, recipe)
         calibration = None if self.data is None else list(self.data)

@@ -36,7 +36,7 @@ from flaxcompress.compress.structures import Structure, structures
 from flaxcompress.compress.target import Target, parse_target
 from flaxcompress.compress.uncompressed import check_uncompressed
 from flaxcompress.compress.walk import walked_kernels
-from flaxcompress.config import ModelConfig
+from flaxcompress.config import ModelConfig, closest
 from flaxcompress.folder import tensors_of
 from flaxcompress.formats import nbytes, to_tensors
 from flaxcompress.model import Model, abstract_flat, replace_matrices
@@ -44,6 +44,7 @@ from flaxcompress.model import Model, abstract_flat, replace_matrices
 log = logging.getLogger("flaxcompress")
 
 _MORE = 6  # runs beyond the corrections, where a target has not been met, or a size not come near
+_WEIGHED = ("bits", "rank", "table")
 _NEAR = 0.985  # of the size asked for: below it there is room for a better choice
 _SETTLED = 0.05  # of the table's bytes, or of all kernels: a change below it is not worth another run
 
@@ -64,8 +65,8 @@ class Allocate(Step):
       actions: "bits" of kernels; "rank" of kernels; "table", tiers of the token table; "drop", whole layers left out;
         "tie", neighbouring layers that share their weights. A target of speed takes "rank" and "drop" alone.
       corrections: how often the choice may be made again; more often while a size is not met, or not come near.
-      table_weight: what a loss through the token table counts beside one through kernels, where bytes are the target.
-        What healing leaves of either depends on how long it is (see experiments/one_budget.py).
+      weights: what losses of each kind, "bits", "rank" and "table", count where bytes or speed are the target; 1 where
+        it is not said. What healing leaves of each depends on how long it is (see `Recipe.with_target`).
       sentences: calibration sentences for what is measured.
     """
 
@@ -74,7 +75,7 @@ class Allocate(Step):
     target: str
     actions: tuple[Literal["bits", "rank", "table", "drop", "tie"], ...] = ACTIONS
     corrections: int = 2
-    table_weight: float = 1.0
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sentences: int = 96
 
     def __post_init__(self):
@@ -85,8 +86,12 @@ class Allocate(Step):
                 f"Allocate: corrections must be 0 or more and sentences at least 1, got {self.corrections} and "
                 f"{self.sentences}"
             )
-        if not 0 < self.table_weight < math.inf:
-            raise ValueError(f"Allocate: table_weight must be a positive number, got {self.table_weight}")
+        for kind, weight in self.weights.items():
+            if kind not in _WEIGHED:
+                raise ValueError(f"Allocate: weights: unknown kind {kind!r}; {closest(str(kind), _WEIGHED)}")
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not 0 < weight < math.inf:
+                raise ValueError(f"Allocate: weights of {kind} must be a positive number, got {weight!r}")
         parse_target(self.target, 2**62)  # its spelling
 
     def resolve(self, model: Model) -> Allocate:
@@ -134,7 +139,7 @@ class Allocate(Step):
         check_uncompressed(kernels, kernels, self.name)
         menu = menu_of(self.actions, parse_target(self.target, 2**62))
         found = price(model, context.need(self), self.actions, menu, progress=context.progress)
-        return dataclasses.replace(found, table_weight=self.table_weight)
+        return dataclasses.replace(found, weights=self.weights)
 
     def predict(self, model: Model, context: Context, *, key: jax.Array) -> tuple[Structure, Solution]:
         """The first choice and its predicted loss, without running it; a structure's is measured.
@@ -167,7 +172,7 @@ class Allocate(Step):
             log.info("Allocate: predicted loss %.4g, measured %.4g (%s)", solution.loss, loss, answers.unit)
             size = storage.file_size(tensors_of(small))
             met = {"bytes": size <= target.value, "loss": loss <= target.value, "speed": True}[target.kind]
-            counted = loss + (self.table_weight - 1.0) * max(0.0, table_loss - structure.loss)
+            counted = loss + _extra(prices, solution, max(0.0, table_loss - structure.loss))
             if met and (best is None or (size < best.size if target.kind == "loss" else counted < best.counted)):
                 best = _Best(small, solution, size, counted, spectra)
             near = best is not None and (target.kind != "bytes" or best.size >= _NEAR * target.value)
@@ -216,13 +221,21 @@ class Allocate(Step):
         return best
 
 
+def _extra(prices: Prices, solution: Solution, table_loss: float) -> float:
+    """What the weights add to a measured loss: the table's own by what it loses alone, kernels' by predictions."""
+    found = 0.0
+    for address, offer in solution.chosen.items():
+        found += (prices.weight(address, offer) - 1.0) * (table_loss if address == TOKEN else offer.loss)
+    return found
+
+
 def _kernels(config: ModelConfig) -> dict[str, Any]:
     flat = abstract_flat(config)
     return {address: flat[address] for address in sorted(walked_kernels(config))}
 
 
 class _Best(NamedTuple):
-    """The best of the runs that met the target; `counted` is its loss with the table's weighted."""
+    """The best of the runs that met the target; `counted` is its loss, weighted."""
 
     model: Model
     solution: Solution

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -170,11 +170,13 @@ def _rounded(weight: Float[Array, "n m"], spec: QuantizedSpec, moments: Any) -> 
     return (levels * spread_scale(scale, weight.shape[0], spec.group)).T
 
 
-def undominated(offers: Sequence[Offer], cost: str = "bytes") -> list[Offer]:
+def undominated(
+    offers: Sequence[Offer], cost: str = "bytes", loss: Callable[[Offer], float] = lambda offer: offer.loss
+) -> list[Offer]:
     """Those that no other beats in cost without losing more, from the cheapest to the dearest."""
     kept, least = [], np.inf
-    for offer in sorted(offers, key=lambda o: (getattr(o, cost), o.loss)):
-        if offer.loss < least:
+    for offer in sorted(offers, key=lambda o: (getattr(o, cost), loss(o))):
+        if loss(offer) < least:
             kept.append(offer)
-            least = offer.loss
+            least = loss(offer)
     return kept

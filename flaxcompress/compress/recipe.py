@@ -27,6 +27,7 @@ _SIZED = (
     "Allocate",
     "Heal",
 )  # steps that a target may replace, and healing
+_LONG = 1000  # steps of healing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,9 @@ class Recipe:
             )
         heal = [s for s in self.steps if isinstance(s, Heal)]
         trim = Trim(positions="limit", pooler="unused", dtype="float16")
-        recipe = Recipe([trim, Allocate(target=target), *heal], f"{target}, chosen by predicted loss", self.scrambled)
+        weights = _weights(sum(step.steps for step in heal))
+        choice = Allocate(target=target, weights=weights)
+        recipe = Recipe([trim, choice, *heal], f"{target}, chosen by predicted loss", self.scrambled)
         recipe.plan(model)
         return recipe
 
@@ -183,6 +186,17 @@ class Recipe:
 
     def _with(self, steps: Sequence[Step]) -> Recipe:
         return Recipe(steps, self.description, self.scrambled)
+
+
+def _weights(steps: int) -> dict[str, float]:
+    """What losses count in a choice that is healed for so many steps, as experiments/one_budget.py found.
+
+    A short healing brings hardly anything back that a low rank lost, and much of what rounding did; a long one brings
+    kernels back, and less of the token table.
+    """
+    if not steps:
+        return {}
+    return {"rank": 10.0} if steps < _LONG else {"table": 2.5}
 
 
 def recipe_names() -> list[str]:

@@ -44,7 +44,7 @@ class Prices:
       menu: what kernels were offered.
       unit: of losses.
       scales: {"kernels", "table"}: what predictions are multiplied by, after a check against real losses.
-      table_weight: what the table's losses count beside those of kernels in a choice.
+      weights: what losses of each kind of action count in a choice; 1 where there is none.
     """
 
     kernels: Mapping[str, list[Offer]]
@@ -52,7 +52,11 @@ class Prices:
     menu: Menu
     unit: str
     scales: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"kernels": 1.0, "table": 1.0})
-    table_weight: float = 1.0
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def weight(self, address: str, offer: Offer) -> float:
+        """What an offer's loss counts; the token table's are of the kind "table", however it is stored."""
+        return self.weights.get("table" if address == TOKEN else offer.kind, 1.0)
 
     def offers(self) -> dict[str, list[Offer]]:
         """All offers, the losses scaled."""
@@ -188,12 +192,14 @@ def solve(prices: Prices, target: Target, *, rest: int = 0, flops: int = 0) -> S
     """
     offers = prices.offers()
     cost = "flops" if target.kind == "speed" else "bytes"
+    weigh = prices.weight if target.kind != "loss" else lambda address, offer: 1.0
     offers = {
-        address: undominated(found, cost) for address, found in offers.items() if cost == "bytes" or address != TOKEN
+        address: undominated(found, cost, lambda offer, a=address: weigh(a, offer) * offer.loss)
+        for address, found in offers.items()
+        if cost == "bytes" or address != TOKEN
     }
-    losses, costs = by_label_number(offers, "loss"), by_label_number(offers, cost)
-    if TOKEN in losses and target.kind != "loss":
-        losses[TOKEN] = {number: loss * prices.table_weight for number, loss in losses[TOKEN].items()}
+    costs = by_label_number(offers, cost)
+    losses = {a: {i: weigh(a, offer) * offer.loss for i, offer in enumerate(found)} for a, found in offers.items()}
     if target.kind == "loss":
         chosen = within_loss(losses, costs, target.value)
     else:
