@@ -35,9 +35,9 @@ layers are nearer to the original than narrow heads and many layers. The speeds 
 (`--sentences 1500 --rounds 3`, the process on one core). The other candidates of `list` have no figures.
 
 On two idle cores (AMD EPYC with AVX-512), 5,000 sentences in 5 rounds: 7.22 times PyTorch's speed (quartiles 7.13 and
-7.31); 2,000 sentences, which are padded to coarser lengths: 4.95 (4.92, 4.95), where our `encode` of the original is 1.86
-times as fast as PyTorch's. Beside our own `encode` of the original `fast` is 2.66 times as fast: the rest is how far apart
-both frameworks are on the machine of the day.
+7.31); 2,000 sentences, which are padded to coarser lengths: 4.95 (4.92, 4.95), where our `encode` of the original is
+1.86 times as fast as PyTorch's. Beside our own `encode` of the original `fast` is 2.66 times as fast: the rest is how
+far apart both frameworks are on the machine of the day.
 """
 
 from __future__ import annotations

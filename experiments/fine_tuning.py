@@ -1,9 +1,9 @@
 """What does all-MiniLM-L6-v2 reach on tasks, tuned whole, in a few parameters, and compressed after it?
 
 Question: sentiment (SST-2), topics (AG News, 10,000 training texts) and named entities (WNUT-17), by one file of
-settings each (`tasks/*.yaml`): all weights tuned; LoRA, adapters and biases, under one percent of the weights each beside
-the head; and the tuned model compressed 4x (`light`), 10x (`balanced`) and 16x (`tiny`), healed by distillation from the
-tuned model on the training texts without their labels.
+settings each (`tasks/*.yaml`): all weights tuned; LoRA, adapters and biases, under one percent of the weights each
+beside the head; and the tuned model compressed 4x (`light`), 10x (`balanced`) and 16x (`tiny`), healed by distillation
+from the tuned model on the training texts without their labels.
 
 Commands (results are added to experiments/fine_tuning.json; models are left in runs/):
 
