@@ -49,6 +49,7 @@ FORMATS = {  # {name: {pattern: spec}}
     "tucker": {_ATTENTION: _TUCKER, _TABLE: {**_TUCKER, "rows": [5, 8], "ranks": [4, 8, 4, 4]}},
     "quantized": {_KERNEL: INT4, _TABLE: INT8},
     "quantized-low_rank": {_KERNEL: _low_rank(8, INT8, INT4), _TABLE: _low_rank(16, INT4, INT8)},
+    "codebook": {_KERNEL: {"kind": "nf4", "group": 8}, _TABLE: {"kind": "fp8"}},
     "banded": {_TABLE: _low_rank(16, _BANDED, INT8)},
     "sparse": {
         _KERNEL: {"kind": "sparse", "kept": 300, "values": DENSE},

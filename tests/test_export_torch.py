@@ -71,6 +71,7 @@ MATRIX_SPECS = {
     "dense-bf16": {"kind": "dense", "dtype": "bfloat16"},
     **{f"int{b}-{g}": quantized(b, g) for b in (8, 6, 5, 4, 3, 2) for g in (None, 16, 5)},
     "int4-scale32": quantized(4, 7, scale_dtype="float32"),
+    **{f"{kind}-{group}": {"kind": kind, "group": group} for kind in ("nf4", "fp8") for group in (None, 5)},
     "int8-scale-bf16": quantized(8, scale_dtype="bfloat16"),
     "defaults": {"kind": "quantized"},
     "low_rank": low_rank(5),

@@ -23,12 +23,15 @@ from flaxcompress.formats import (
     Banded,
     BandedSpec,
     Bucketed,
+    CodebookSpec,
     CPSpec,
     Decomposed,
     DenseSpec,
     FakeQuantized,
     Format,
+    FP8Spec,
     LowRank,
+    NF4Spec,
     Quantized,
     QuantizedSpec,
     TensorTrain,
@@ -51,6 +54,7 @@ from flaxcompress.formats import (
     to_tensors,
 )
 from flaxcompress.formats.banded import GAUSSIAN_STEP
+from flaxcompress.formats.codebook import NF4
 from flaxcompress.formats.tensor_train import balanced_factors
 from flaxcompress.ops import pack, packed_width, unpack
 
@@ -105,6 +109,7 @@ ANY = {
     "dense-bf16": {"kind": "dense", "dtype": "bfloat16"},
     "low_rank": low_rank(5),
     **{f"int{bits}-{group}": quantized(bits, group) for bits in (8, 6, 5, 4, 3, 2) for group in (None, 16, 5)},
+    **{f"{kind}-{group}": {"kind": kind, "group": group} for kind in ("nf4", "fp8") for group in (None, 16, 5)},
     "int8-scale-bf16": quantized(8, scale_dtype="bfloat16"),
     "int4-scale32": quantized(4, 16, scale_dtype="float32"),
     "low_rank-int": low_rank(5, quantized(8), quantized(3, 4)),
@@ -771,9 +776,11 @@ TARGETS = {
         for group in (None, 5)
     },
     "int4-scale32": QuantizedSpec(bits=4, group=16, scale_dtype="float32"),
+    **{f"{spec.kind}-{group}": spec(group=group) for spec in (NF4Spec, FP8Spec) for group in (None, 5)},
     "banded": BandedSpec(bands=((8, 4), (8, 2), (3, 1), (7, 0))),
     "banded-8": BandedSpec(bands=((5, 8), (21, 3))),
 }
+QUICK_TARGETS = ("int8-None", "int4-5", "int2-5", "nf4-5", "fp8-None", "banded")
 TRAINABLE = [
     (name, table) for name, spec in TARGETS.items() for table in ((True,) if "banded" in name else (False, True))
 ]
@@ -783,7 +790,7 @@ EVERY_TRAINABLE = pytest.mark.parametrize(
         pytest.param(
             *(name, table),
             id=f"{name}-{'table' if table else 'kernel'}",
-            marks=[pytest.mark.slow] * (name not in ("int8-None", "int4-5", "int2-5", "banded") or not table),
+            marks=[pytest.mark.slow] * (name not in QUICK_TARGETS or not table),
         )
         for name, table in TRAINABLE
     ],
@@ -836,10 +843,20 @@ def test_freeze_computes_what_was_trained(name, table):
     np.testing.assert_allclose(frozen.materialize(), moved.materialize(), rtol=0, atol=4 * EPS * size)
 
 
+def uneven_levels(spec):
+    """All levels of a codebook; None for levels evenly apart."""
+    if isinstance(spec, NF4Spec):
+        return np.asarray(NF4)
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)
+    return np.unique(numbers[np.isfinite(numbers)]) if isinstance(spec, FP8Spec) else None
+
+
 def column_rounding(name: str, columns: int):
     """(spacing, top level, half-integer shift) of every column."""
     tops = {0: 0.0, 1: 0.5, 2: 1.5, 3: 3.5, 4: 7.0, 5: 15.0, 6: 31.0, 8: 127.0}
     spec = TARGETS[name]
+    if isinstance(spec, CodebookSpec):
+        return np.ones(columns), np.full(columns, spec.top), np.zeros(columns)
     bits = np.concatenate([np.full(c, b) for c, b in spec.bands]) if "banded" in name else np.full(columns, spec.bits)
     step = np.asarray([GAUSSIAN_STEP[b] if "banded" in name else 1.0 for b in bits])
     return step, np.asarray([tops[b] for b in bits]), np.where((bits >= 1) & (bits <= 3), 0.5, 0.0)
@@ -876,6 +893,8 @@ def test_gradients_are_straight_through_and_lsq(name, table):
     unit = np.asarray(latent, np.float64) / (spread * step)
     inside = np.abs(unit) < top
     level = np.clip(np.round(unit - shift) + shift, -top, top)
+    if (levels := uneven_levels(spec)) is not None:
+        level = levels[np.abs(unit[..., None] - levels).argmin(-1)]
     want_latent = np.asarray(c) * inside
     each = np.asarray(c) * step * np.where(inside, level - unit, np.sign(unit) * top)
     short = -columns % group
@@ -895,6 +914,26 @@ def test_thawed_latents_keep_to_their_levels():
     np.testing.assert_array_equal(trainable.materialize(), node.materialize())
     reach = np.repeat(np.asarray(node.scale, np.float32), 5, axis=1)[:, :M]
     assert (np.abs(np.asarray(trainable.latent - node.rows())) <= 0.5 * reach).all()
+
+
+def test_nf4_has_the_quantiles_of_a_normal_distribution():
+    """Eight from 1 - 0.9677083 up to a half, seven down to it from 0.9677083, and zero; over the largest one."""
+    offset = 0.9677083
+    low, high = (np.linspace(offset, 0.5, count)[:-1] for count in (8, 9))
+    quantile = lambda p: np.asarray(jax.scipy.special.ndtri(jnp.asarray(p)), np.float64)  # noqa: E731
+    levels = np.sort(np.concatenate([-quantile(low), [0.0], quantile(high)]))
+    np.testing.assert_allclose(levels / np.abs(levels).max(), NF4, rtol=0, atol=1e-6)
+
+
+def test_codes_of_nf4_and_bits_of_fp8_are_the_contract():
+    levels = jnp.asarray([[NF4[15], NF4[0], NF4[7], NF4[3], NF4[8]]])
+    node = NF4Spec().pack(levels, jnp.asarray([[2.0]]), transposed=False)
+    assert np.asarray(node.values).tolist() == [[15 | 0 << 4, 7 | 3 << 4, 8]]
+    np.testing.assert_array_equal(node.materialize(), 2.0 * levels)
+    numbers = jnp.asarray([[448.0, -1.0, 2.0**-9, 0.0]])
+    node = FP8Spec().pack(numbers, jnp.asarray([[0.5]]), transposed=False)
+    assert np.asarray(node.values).tolist() == [[0x7E, 0xB8, 0x01, 0x00]]
+    np.testing.assert_array_equal(node.materialize(), 0.5 * numbers)
 
 
 def test_banded_is_a_row_scale_times_levels():

@@ -366,6 +366,37 @@ def test_repair_brings_the_outputs_nearer(model, context, step):
     assert planned == whole.config
 
 
+def arithmetic(step, n, m):
+    """Bytes of a kernel [n, m]: bits of what is kept, of where it stands, and of the scales."""
+    values = n * m
+    if isinstance(step, fc.Quantize):
+        return values / 2 + values / 64 * 2
+    if step.n_of_m:
+        return values / 2 * 4 + values / 2 * 2 / 8  # two of four float32, and two bits for the place of each
+    return values / 2 * 4 + values / 8
+
+
+STORED = {
+    "half": fc.Prune(sparsity=0.5, by="magnitude"),
+    "2:4": fc.Prune(n_of_m="2:4", by="magnitude"),
+    "int4": fc.Quantize(bits=4, group=64, pattern=KERNELS, rounding="mse"),
+    "nf4": fc.Quantize(numbers="nf4", group=64, pattern=KERNELS, rounding="mse"),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_file_is_as_large_as_arithmetic_says(name, tmp_path):
+    """Within 2 %, the header included."""
+    wide = fc.ModelConfig(vocabulary=50, width=256, layers=2, heads=4, feed_forward_width=512, positions=8)
+    model = fc.Model.init(wide, key=jax.random.key(0))
+    small = STORED[name](model, Context(original=model), key=jax.random.key(0))
+    fc.save(small, tmp_path / "m")
+    kernels = [n.shape for a, n in tree.flatten(model.params).items() if re.fullmatch(KERNELS, a)]
+    rest = 4 * (model.parameters - sum(n * m for n, m in kernels))
+    want = rest + sum(arithmetic(STORED[name], n, m) for n, m in kernels)
+    assert (tmp_path / "m/model.safetensors").stat().st_size == pytest.approx(want, rel=0.02)
+
+
 @pytest.mark.parametrize("step", [fc.Prune(sparsity=0.5), fc.Prune(n_of_m="2:4")], ids=["sparse", "semi_structured"])
 def test_a_saved_folder_is_as_small_as_planned_and_gives_the_same(model, context, step, tmp_path):
     small = applied(step, model, context)

@@ -12,7 +12,8 @@ import pytest
 from flaxcompress.compress.rounding import gptq, round_banded, round_rows
 from flaxcompress.formats import BandedSpec, QuantizedSpec
 from flaxcompress.formats.banded import GAUSSIAN_LOSS, GAUSSIAN_STEP
-from flaxcompress.formats.quantized import level_offset, spread_scale, top_level
+from flaxcompress.formats.codebook import NF4, FP8Spec, NF4Spec
+from flaxcompress.formats.quantized import spread_scale, top_level
 
 ROWS, N = 24, 40
 SPECS = {
@@ -21,6 +22,8 @@ SPECS = {
     "int3-8": QuantizedSpec(bits=3, group=8),
     "int2-16": QuantizedSpec(bits=2, group=16),
     "int8": QuantizedSpec(bits=8),
+    "nf4-16": NF4Spec(group=16),
+    "fp8": FP8Spec(),
 }
 EVERY = pytest.mark.parametrize("name", SPECS)
 
@@ -57,17 +60,32 @@ def output_error(approximation: np.ndarray) -> float:
     return float(np.einsum("rn,nk,rk->", e, second_moment().astype(np.float64), e))
 
 
-def naive_gptq(scale: np.ndarray, spec: QuantizedSpec, damping: float = 0.01) -> np.ndarray:
+def level_set(spec) -> np.ndarray:
+    """All levels, in order."""
+    if isinstance(spec, NF4Spec):
+        return np.asarray(NF4)
+    if isinstance(spec, FP8Spec):
+        numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)
+        return np.unique(numbers[np.isfinite(numbers)])
+    top = top_level(spec.bits)
+    return np.arange(-top, top + 1)
+
+
+def nearest(x: np.ndarray, spec) -> np.ndarray:
+    levels = level_set(spec)
+    return levels[np.abs(x[..., None] - levels).argmin(-1)]
+
+
+def naive_gptq(scale: np.ndarray, spec, damping: float = 0.01) -> np.ndarray:
     """Frantar et al. 2023, algorithm 1 with block size 1, in float64, for scales that are given."""
     w = weights().astype(np.float64)
     h = second_moment().astype(np.float64)
     h = h + damping * np.mean(np.diagonal(h)) * np.eye(N)
     u = np.linalg.cholesky(np.linalg.inv(h)).T
     levels = np.zeros_like(w)
-    shift, top = (0.0 if spec.bits >= 4 else 0.5), top_level(spec.bits)
     for i in range(N):
         s = scale[:, 0 if spec.group is None else i // spec.group].astype(np.float64)
-        levels[:, i] = np.clip(np.round(w[:, i] / s - shift) + shift, -top, top)
+        levels[:, i] = nearest(w[:, i] / s, spec)
         error = (w[:, i] - levels[:, i] * s) / u[i, i]
         w[:, i + 1 :] -= error[:, None] * u[i, i + 1 :]
     return levels
@@ -103,9 +121,8 @@ def test_levels_and_scales_are_storable(method, name):
     spec = SPECS[name]
     levels, scale = rounded(method, name)
     assert levels.shape == (ROWS, N) and scale.shape == (ROWS, 1 if spec.group is None else -(-N // spec.group))
-    codes = levels + level_offset(spec.bits)
-    np.testing.assert_array_equal(codes, np.round(codes))
-    assert np.abs(levels).max() <= top_level(spec.bits)
+    np.testing.assert_array_equal(levels, nearest(levels.astype(np.float64), spec).astype(np.float32))
+    assert np.abs(levels).max() <= spec.top
     np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
 
 

@@ -158,6 +158,8 @@ STEPS = {
     "quantize-4-gptq": Quantize(bits=4, group=8, pattern=KERNELS),
     "quantize-3-mse": Quantize(bits=3, group=8, rounding="mse"),
     "quantize-2-nearest": Quantize(bits=2, rounding="nearest", scale_dtype="float32"),
+    "quantize-nf4-gptq": Quantize(numbers="nf4", group=8, pattern=KERNELS),
+    "quantize-fp8": Quantize(numbers="fp8", rounding="mse"),
     "quantize-average-bits": Quantize(average_bits=3.0, group=8, pattern=KERNELS, rounding="mse"),
     "quantize-mixed": Quantize(
         bits=4, overrides=(BitsFor(pattern=FEED_FORWARD, bits=3, group=8), BitsFor(pattern=TOKEN, bits=8))

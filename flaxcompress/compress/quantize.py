@@ -15,28 +15,39 @@ import jax.numpy as jnp
 from flaxcompress import tree
 from flaxcompress.compress.choices import choose
 from flaxcompress.compress.layer_step import Changes, LayerStep, unfinished, walked
-from flaxcompress.compress.rounding import gptq, round_rows
+from flaxcompress.compress.rounding import IntegerOrCoded, gptq, round_rows
 from flaxcompress.compress.sensitivity import kernel_sensitivities, spec_bytes, spend
 from flaxcompress.compress.step import Context, register_step
 from flaxcompress.compress.walk import walked_kernels
 from flaxcompress.config import ModelConfig
-from flaxcompress.formats import Format, LowRank, Quantized, QuantizedSpec, map_parts, materialize
+from flaxcompress.formats import (
+    CodebookSpec,
+    Format,
+    FP8Spec,
+    LowRank,
+    NF4Spec,
+    QuantizedSpec,
+    RowFormat,
+    map_parts,
+    materialize,
+)
 from flaxcompress.formats.base import spec_of
 from flaxcompress.model import Model, abstract_flat
 from flaxcompress.nn.bases import BASES, basis_address, is_on_basis
 
 Rounding = Literal["gptq", "mse", "nearest"]
+_CODED: dict[str, type[CodebookSpec]] = {"nf4": NF4Spec, "fp8": FP8Spec}
 _TABLES = ("embedding/token", "embedding/position", "embedding/segment")
 
 
 def compress_matrix(
     weight: Any,
-    spec: QuantizedSpec,
+    spec: IntegerOrCoded,
     *,
     table: bool,
     rounding: Rounding = "mse",
     moments: Any = None,
-) -> Quantized:
+) -> RowFormat:
     """Quantizes a kernel [n, m] (in groups along n) or a table [V, D] (in groups along D).
 
     Args:
@@ -50,7 +61,7 @@ def compress_matrix(
         kind = "nearest" if rounding == "nearest" else "mse"
         weights = None if moments is None else jnp.diagonal(jnp.asarray(moments))
         levels, scale = round_rows(rows, spec, rounding=kind, weights=weights)
-    return Quantized.from_levels(levels, scale, spec, table=table)
+    return spec.pack(levels, scale, transposed=not table)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,8 @@ class Quantize(LayerStep):
     """Stores every matrix that `pattern` matches in a few bits.
 
     Attributes:
+      numbers: "int", integers of `bits`; "nf4", quantiles of a normal distribution in 4 bits (Dettmers et al. 2023); or
+        "fp8", floating point (e4m3). `bits`, `average_bits` and `overrides` are for integers.
       bits: 8, 6, 5, 4, 3 or 2.
       group: neighbouring inputs (of a table: columns) that share one scale; None is the whole row.
       pattern: full-match address pattern; the default takes every kernel and every table that is still dense.
@@ -87,6 +100,7 @@ class Quantize(LayerStep):
 
     needs: ClassVar[frozenset[str]] = frozenset({"tokens", "input_moments"})
 
+    numbers: Literal["int", "nf4", "fp8"] = "int"
     bits: int = 8
     group: int | None = None
     pattern: str = r".*/kernel|embedding/(token|position|segment)"
@@ -97,8 +111,10 @@ class Quantize(LayerStep):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     sentences: int = 768
 
-    def spec_for(self, address: str) -> QuantizedSpec:
+    def spec_for(self, address: str) -> IntegerOrCoded:
         """The format that the matrix at `address` gets."""
+        if self.numbers != "int":
+            return _CODED[self.numbers](group=self.group, scale_dtype=self.scale_dtype)
         for override in self.overrides:
             if re.fullmatch(override.pattern, address):
                 return QuantizedSpec(bits=override.bits, group=override.group, scale_dtype=self.scale_dtype)
@@ -107,6 +123,10 @@ class Quantize(LayerStep):
     def __post_init__(self):
         for bits, group in [(self.bits, self.group), *((o.bits, o.group) for o in self.overrides)]:
             QuantizedSpec(bits=bits, group=group, scale_dtype=self.scale_dtype)  # its own checks
+        if self.numbers != "int":
+            self.spec_for("")  # its own checks
+            if self.average_bits is not None or self.overrides or self.bits != 8:
+                raise ValueError(f"Quantize: bits, average_bits and overrides are for integers, not for {self.numbers}")
         if not self.choices:
             raise ValueError("Quantize: choices is empty; give at least one number of bits")
         if self.sentences < 1:
@@ -217,7 +237,7 @@ class Quantize(LayerStep):
         for group in list(alone):
             yield group, rounded(group)
 
-    def _alone(self, node: Any, spec: QuantizedSpec, *, table: bool) -> Any:
+    def _alone(self, node: Any, spec: IntegerOrCoded, *, table: bool) -> Any:
         """Quantizes the dense parts of one matrix by themselves; what is quantized already stays."""
         kind: Rounding = "nearest" if self.rounding == "nearest" else "mse"
 
@@ -226,7 +246,7 @@ class Quantize(LayerStep):
 
         return map_parts(node, change, table=table)
 
-    def _with_moments(self, node: Any, spec: QuantizedSpec, moments: Any) -> Any:
+    def _with_moments(self, node: Any, spec: IntegerOrCoded, moments: Any) -> Any:
         """Quantizes one kernel by GPTQ; of a low-rank one the factors in turn."""
         if isinstance(node, LowRank):
             left = self._with_moments(node.left, spec, moments)
@@ -242,7 +262,7 @@ def _behind(left: Any, moments: Any) -> Any:
     return inner.T @ jnp.asarray(moments) @ inner
 
 
-def _planned(node: Any, spec: QuantizedSpec, *, table: bool) -> Any:
+def _planned(node: Any, spec: IntegerOrCoded, *, table: bool) -> Any:
     """The abstract node of a matrix whose dense parts are quantized."""
 
     def change(part: Any, is_table: bool) -> Any:
@@ -252,6 +272,6 @@ def _planned(node: Any, spec: QuantizedSpec, *, table: bool) -> Any:
 
 
 @functools.cache
-def _abstract(spec: QuantizedSpec, shape: tuple[int, int], table: bool) -> Any:
+def _abstract(spec: IntegerOrCoded, shape: tuple[int, int], table: bool) -> Any:
     zeros = jax.nn.initializers.zeros
     return jax.eval_shape(lambda key: spec.init(key, shape, zeros, table=table), jax.random.key(0))

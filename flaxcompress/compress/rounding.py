@@ -13,27 +13,26 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flaxcompress.formats.banded import BandedSpec, band_levels, column_steps, column_tops
+from flaxcompress.formats.codebook import CodebookSpec
 from flaxcompress.formats.quantized import (
     QuantizedSpec,
     absmax_scale,
     grouped,
-    nearest_level,
     safe_ratio,
     spread_scale,
-    top_level,
 )
 
+IntegerOrCoded = QuantizedSpec | CodebookSpec
 _SHRINK = 24  # candidates for a group's scale, from 0.3 to 1.05 of the largest value's
 
 
-def _best_scale(groups: Float[Array, "r G g"], weights: Float[Array, "*r G g"], spec: QuantizedSpec):
+def _best_scale(groups: Float[Array, "r G g"], weights: Float[Array, "*r G g"], spec: IntegerOrCoded):
     """Each group's scale of least weighted squared error, rounded to the stored dtype."""
-    top = top_level(spec.bits)
-    full = jnp.abs(groups).max(-1) / top
+    full = jnp.abs(groups).max(-1) / spec.top
 
     def error(factor):
         scale = (full * factor).astype(spec.scale_dtype).astype(jnp.float32)
-        back = nearest_level(safe_ratio(groups, scale[..., None]), spec.bits) * scale[..., None]
+        back = spec.nearest(safe_ratio(groups, scale[..., None]), spec.bits) * scale[..., None]
         return (weights * (groups - back) ** 2).sum(-1), scale
 
     errors, scales = jax.lax.map(error, jnp.linspace(0.3, 1.05, _SHRINK))
@@ -42,7 +41,11 @@ def _best_scale(groups: Float[Array, "r G g"], weights: Float[Array, "*r G g"], 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rounding"))
 def round_rows(
-    rows: Float[Array, "r n"], spec: QuantizedSpec, *, rounding: str = "mse", weights: Float[Array, " n"] | None = None
+    rows: Float[Array, "r n"],
+    spec: IntegerOrCoded,
+    *,
+    rounding: str = "mse",
+    weights: Float[Array, " n"] | None = None,
 ) -> tuple[Float[Array, "r n"], Float[Array, "r G"]]:
     """Levels and scales, every value rounded by itself.
 
@@ -57,7 +60,7 @@ def round_rows(
         groups = grouped(rows, spec.group)
         importance = jnp.ones_like(rows[:1]) if weights is None else weights[None].astype(jnp.float32)
         scale = _best_scale(groups, grouped(importance, spec.group), spec)
-    return nearest_level(safe_ratio(rows, spread_scale(scale, rows.shape[-1], spec.group)), spec.bits), scale
+    return spec.nearest(safe_ratio(rows, spread_scale(scale, rows.shape[-1], spec.group)), spec.bits), scale
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
@@ -97,7 +100,11 @@ def inverse_factor(second_moment: Float[Array, "n n"], size: int, damping: float
 
 @functools.partial(jax.jit, static_argnames=("spec", "damping"))
 def gptq(
-    rows: Float[Array, "r n"], second_moment: Float[Array, "n n"], spec: QuantizedSpec, *, damping: float = 0.01
+    rows: Float[Array, "r n"],
+    second_moment: Float[Array, "n n"],
+    spec: IntegerOrCoded,
+    *,
+    damping: float = 0.01,
 ) -> tuple[Float[Array, "r n"], Float[Array, "r G"]]:
     """GPTQ (Frantar et al. 2023): columns are rounded one after the other, the rest makes up for each one's error.
 
@@ -132,7 +139,7 @@ def gptq(
         def one_column(i, carry):
             part, levels, errors = carry
             column = part[:, i]
-            level = nearest_level(safe_ratio(column, scale), spec.bits)
+            level = spec.nearest(safe_ratio(column, scale), spec.bits)
             error = (column - level * scale) / mixing[i, i]
             part = part - error[:, None] * jnp.where(jnp.arange(block) > i, mixing[i], 0.0)
             return part, levels.at[:, i].set(level), errors.at[:, i].set(error)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 from flaxcompress.config.names import ACTIVATIONS, closest
 from flaxcompress.config.part import Part
 from flaxcompress.config.sharing import SUBLAYERS
-
-if TYPE_CHECKING:
-    from flaxcompress.config.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +34,7 @@ class Adapters(Part):
             raise ValueError(f"adapters: after must name some of {', '.join(SUBLAYERS)}, got {self.after!r}")
         object.__setattr__(self, "after", tuple(self.after))
 
-    def within(self, config: ModelConfig) -> Adapters | None:
+    def within(self, parts: Collection[str]) -> Adapters | None:
         """Those behind sublayers that a stack of layers has; None where it has none of them."""
-        after = tuple(name for name in self.after if name in config.sharing.parts)
+        after = tuple(name for name in self.after if name in parts)
         return dataclasses.replace(self, after=after) if after else None

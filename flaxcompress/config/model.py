@@ -296,7 +296,7 @@ class ModelConfig:
         self._check_feed_forward_width()
         self._check_deltas()
         self._check_bases()
-        if self.adapters is not None and self.adapters.within(self) != self.adapters:
+        if self.adapters is not None and self.adapters.within(self.sharing.parts) != self.adapters:
             raise ValueError(
                 f"config: adapters stand behind {', '.join(self.adapters.after)}, not all of which is there"
             )

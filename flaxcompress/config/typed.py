@@ -63,8 +63,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if value not in args:
             raise ValueError(f"{where}: {value!r} is not allowed; {closest(str(value), map(str, args))}")
         return value
-    if hasattr(hint, "read"):  # one of several dataclasses, by its name
-        return hint.read(value, where)
+    if dataclasses.is_dataclass(hint) and (read := getattr(hint, "read", None)) is not None:
+        return read(value, where)  # one of several dataclasses, by its name
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, typing.cast(type, hint)) else read_settings(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -163,6 +163,44 @@ class Quantized(Rows):
         return (unpack(values, self.bits, self.columns).float() - OFFSET[self.bits]) * scale
 
 
+class Coded(Rows):
+    """w = level·scale, one scale per group of neighbours in a row; levels are not evenly apart."""
+
+    BITS = 8
+
+    def __init__(self, spec, shape, table):
+        rows, columns = shape if table else shape[::-1]
+        group = spec.get("group")
+        groups = -(-columns // group) if group else 1
+        super().__init__(spec, table, rows, packed_width(columns, self.BITS), groups)
+        self.group, self.columns = group, columns
+
+    def levels(self, values):
+        """The levels of bytes."""
+        return values.view(torch.float8_e4m3fn).float()
+
+    def decode(self, values, scale):
+        scale = scale.float()
+        if self.group:
+            scale = scale.repeat_interleave(self.group, -1)[..., : self.columns]
+        return self.levels(values) * scale
+
+
+class NF4(Coded):
+    """NormalFloat in 4 bits: 16 quantiles of a normal distribution."""
+
+    BITS = 4
+    LEVELS = (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    )
+
+    def levels(self, values):
+        return torch.tensor(self.LEVELS, device=values.device)[unpack(values, 4, self.columns).long()]
+
+
 class Banded(Rows):
     """A table w = step(bits)·level·scale: bands of columns, each with its own number of bits; one scale per row."""
 
@@ -519,6 +557,8 @@ KINDS = {
     "basis": basis,
     "adapted": Adapted,
     "quantized": Quantized,
+    "nf4": NF4,
+    "fp8": Coded,
     "banded": Banded,
     "bucketed": Bucketed,
     "sparse": Sparse,

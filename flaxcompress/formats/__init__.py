@@ -26,6 +26,7 @@ from flaxcompress.formats.base import (
 )
 from flaxcompress.formats.basis import Basis, BasisSpec
 from flaxcompress.formats.bucketed import Bucketed, BucketedSpec, Tier
+from flaxcompress.formats.codebook import CodebookSpec, Coded, FP8Spec, NF4Spec
 from flaxcompress.formats.cp import CP, CPSpec
 from flaxcompress.formats.decomposed import Decomposed, DecomposedSpec
 from flaxcompress.formats.fake_quantized import FakeQuantized, thaw
@@ -49,9 +50,12 @@ __all__ = [
     "Bucketed",
     "BucketedSpec",
     "CPSpec",
+    "CodebookSpec",
+    "Coded",
     "Decomposed",
     "DecomposedSpec",
     "DenseSpec",
+    "FP8Spec",
     "FakeQuantized",
     "Format",
     "LowRank",
@@ -59,6 +63,7 @@ __all__ = [
     "Masked",
     "MaskedRows",
     "MaskedSpec",
+    "NF4Spec",
     "Quantized",
     "QuantizedSpec",
     "RowFormat",

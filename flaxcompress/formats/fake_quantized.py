@@ -54,10 +54,10 @@ class FakeQuantized(TrainingForm):
 
     def rounded(self, latent, spread):
         """The clipped, unrounded levels and the rounded ones."""
-        step, top, shift = self.target.levels(self.bits)
+        step, top, _ = self.target.levels(self.bits)
         unit = jnp.where(spread > 0, latent / jnp.where(spread > 0, spread, 1.0), 0.0) / step
         inside = jnp.clip(unit, -top, top)
-        return inside, jnp.clip(jnp.round(inside - shift) + shift, -top, top)
+        return inside, self.target.nearest(inside, self.bits)
 
     def _decode(self, latent, log_scale, start):
         spread = self.spread(log_scale, start, latent.shape[-1])
@@ -109,6 +109,9 @@ def thaw(node: RowFormat, latent: Any = None) -> FakeQuantized:
     )
     if latent is None:
         return out
-    reach = 0.49 * spec.levels(spec.leaf_bits).step * out.spread(out.log_scale, out.start, rows.shape[-1])
-    moved = rows + jnp.clip(latent.astype(jnp.float32) - rows, -reach, reach)
+    spread = out.spread(out.log_scale, out.start, rows.shape[-1])
+    unit = spec.levels(spec.leaf_bits).step * spread
+    _, level = out.rounded(rows, spread)
+    low, high = (unit * end for end in spec.interval(level, spec.leaf_bits))
+    moved = jnp.clip(latent.astype(jnp.float32), low, high)
     return out.replace(latent=moved)  # pyright: ignore[reportAttributeAccessIssue]

@@ -140,6 +140,11 @@ class QuantizedSpec(RowSpec):
         check_dtype(self.scale_dtype, "quantized format: scale_dtype")
 
     @property
+    def top(self) -> float:
+        """The largest level."""
+        return top_level(self.bits)
+
+    @property
     def leaf_bits(self):
         return self.bits
 
@@ -189,7 +194,7 @@ def grouped(rows: Float[Array, "r n"], group: int | None) -> Float[Array, "r G g
     return jnp.pad(rows, ((0, 0), (0, short))).reshape(rows.shape[0], -1, size)
 
 
-def absmax_scale(rows: Float[Array, "r n"], spec: QuantizedSpec) -> Float[Array, "r G"]:
+def absmax_scale(rows: Float[Array, "r n"], spec: Any) -> Float[Array, "r G"]:
     """The scale at which each group's largest value meets the top level, rounded to the stored dtype."""
-    scale = jnp.abs(grouped(rows, spec.group)).max(-1) / top_level(spec.bits)
+    scale = jnp.abs(grouped(rows, spec.group)).max(-1) / spec.top
     return scale.astype(spec.scale_dtype).astype(jnp.float32)

@@ -74,6 +74,13 @@ class Levels(NamedTuple):
     shift: Any
 
 
+class Interval(NamedTuple):
+    """Between which values lies what rounds to a level, a little inside of both ends."""
+
+    low: Any
+    high: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class RowSpec(Spec):
     """What training must know of a format of rounded rows.
@@ -102,8 +109,18 @@ class RowSpec(Spec):
         return self
 
     def levels(self, bits: Any) -> Levels:
-        """The levels of rows in `bits` bits, which may be traced."""
+        """The levels of rows in `bits` bits, which may be traced; where they are not evenly apart, the largest one."""
         raise NotImplementedError(f"{type(self).__name__}.levels")
+
+    def nearest(self, x: Float[Array, "*B n"], bits: Any) -> Float[Array, "*B n"]:
+        """The nearest level to x, in units of the levels' spacing, clipped to the range."""
+        _, top, shift = self.levels(bits)
+        return jnp.clip(jnp.round(x - shift) + shift, -top, top)
+
+    def interval(self, level: Float[Array, "*B n"], bits: Any) -> Interval:
+        """What rounds to a level."""
+        del bits
+        return Interval(level - 0.49, level + 0.49)
 
     def spread(self, scale: Float[Array, "*B G"], columns: int) -> Float[Array, "*B n"]:
         """One scale per value, or an array that broadcasts to it."""

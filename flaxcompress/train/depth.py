@@ -64,7 +64,7 @@ def unfreeze_by_depth(every: int) -> optax.GradientTransformation:
         del params
         return UnfreezeState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: UnfreezeState, params: Any = None) -> tuple[Any, UnfreezeState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, UnfreezeState]:
         del params
         moves = jax.tree.map(lambda u, d: jnp.where(state.count >= d * every, u, 0), updates, depths(updates))
         return moves, UnfreezeState(optax.safe_increment(state.count))

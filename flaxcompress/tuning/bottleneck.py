@@ -65,8 +65,10 @@ def with_adapters(
     if config.adapters is not None:
         raise ValueError("adapters: the model has some already")
     found = Adapters(width=width, activation=activation, after=tuple(after))
-    decoder = None if config.decoder is None else config.decoder.replace(adapters=found.within(config.decoder))
-    config = config.replace(adapters=found.within(config), decoder=decoder)
+    decoder = config.decoder
+    if decoder is not None:
+        decoder = decoder.replace(adapters=found.within(decoder.sharing.parts))
+    config = config.replace(adapters=found.within(config.sharing.parts), decoder=decoder)
     there = {name for c in (config, decoder) if c is not None and c.adapters for name in c.adapters.after}
     if lost := [name for name in found.after if name not in there]:
         raise ValueError(f"adapters: the model has no {lost[0]}")

@@ -82,6 +82,7 @@ class _Make:
         ids, mask = pad_ids([[] if part is None else part.ids for part in chosen], length, len(rows), self.pad)
         labels = np.full((len(rows), length), IGNORED, np.int32)
         for row, part in enumerate(chosen):
-            for word, place in {} if part is None else part.places.items():
-                labels[row, place] = self.labels[part.sentence][word]
+            if part is not None:
+                for word, place in part.places.items():
+                    labels[row, place] = self.labels[part.sentence][word]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
