@@ -14,6 +14,18 @@ Commands (results are added to experiments/fine_tuning.json; models are left in 
 Learning rates were chosen beforehand, a usual one for the whole model and twenty times as much for few parameters;
 which evaluation of a run is kept is decided by the training data's held-out part. The figures are of the dev files (AG
 News, which has none: of the test file). One seed.
+
+Results, 2026-11-30, JAX 0.10.2, one core beside other work (28 minutes for the whole model, 23 for LoRA):
+
+    SST-2, dev              MB     trained  accuracy
+    whole                90.87  22,713,986    0.8968
+    compressed 4x        22.93                0.8979   not healed
+    compressed 10x        9.04                0.8979   healed for 200 steps
+    LoRA                 91.47     148,226    0.8750
+
+Compression costs nothing here. LoRA, in 0.65 % of the weights, is 0.022 behind at this learning rate, more than it
+should be. Adapters, biases, 16x and the other two tasks have not been run yet. The dev set has 872 sentences: a
+standard error is 0.010.
 """
 
 from __future__ import annotations
