@@ -104,7 +104,7 @@ def test_the_share_of_scrambled_sentences_is_kept():
         ("steps: [{Quantise: {bits: 8}}]", "did you mean 'Quantize'"),
         ("steps: [{Quantize: {bit: 8}}]", "did you mean 'bits'"),
         ("steps: [{Quantize: {bits: eight}}]", "expected int"),
-        ("steps: [{Quantize: {bits: 5}}]", "bits must be one of"),
+        ("steps: [{Quantize: {bits: 7}}]", "bits must be one of"),
         ("steps: [{Quantize: {rounding: gptp}}]", "did you mean 'gptq'"),
         ("steps: [{LowRank: {rank: 4}}]", "pattern must be given"),
         ("steps: {Quantize: {bits: 8}}", "list of 'steps'"),

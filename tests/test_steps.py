@@ -674,7 +674,7 @@ WRONG = {
         "rank 9",
     ),
     "embedding tier bits": (
-        planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=5, bits=5), TierSetting(rank=3))),
+        planned(FactorizeEmbedding, tiers=(TierSetting(rows=20, rank=5, bits=7), TierSetting(rank=3))),
         "bits must be one of",
     ),
     "train neither": (planned(TensorTrainEmbedding), "TensorTrainEmbedding: give either rank or keep"),
@@ -715,10 +715,10 @@ WRONG = {
         planned(Tensorize, pattern=FEED_FORWARD, kind="cp", rank=30),
         "a cp of .* values would enlarge a (24×32|32×24) matrix.*allow_larger",
     ),
-    "quantize bits": (planned(Quantize, bits=5), "bits must be one of"),
+    "quantize bits": (planned(Quantize, bits=7), "bits must be one of"),
     "quantize group": (planned(Quantize, group=0), "group must be a positive integer"),
     "quantize average": (planned(Quantize, average_bits=5.0), "average_bits 5.0 lies outside the choices"),
-    "quantize choices": (planned(Quantize, average_bits=3.0, choices=(3, 5)), "bits must be one of"),
+    "quantize choices": (planned(Quantize, average_bits=3.0, choices=(3, 7)), "bits must be one of"),
     "quantize pattern": (planned(Quantize, pattern="embeding/token"), "did you mean 'embedding/token'"),
     "quantize override": (
         planned(Quantize, overrides=(BitsFor(pattern="nothing", bits=4),)),
