@@ -183,7 +183,7 @@ def test_adapters_alone_are_trained_with_the_head(texts, checkpoint, tmp_path):
         ({"config": {"width": 8}, "tuning": "lora"}, "give load"),
         ({"load": "minilm", "tuning": {"name": "lora", "rank": 0}}, "rank must be at least 1"),
         ({"load": "minilm", "tuning": {"name": "lora", "initializer": "eva"}}, "'eva' is not allowed"),
-        ({"load": "minilm", "tuning": {"name": "lorax"}}, "unknown kind 'lorax'; did you mean 'lora'"),
+        ({"load": "minilm", "tuning": {"name": "lorax"}}, "unknown kind 'lorax'; known: adapters, biases, lora"),
         ({"load": "minilm", "tuning": {"rank": 2}}, "expected a name, or settings with a name"),
     ],
 )

@@ -108,7 +108,7 @@ def ways_of(shape: tuple[int, int], menu: Menu) -> list[Offer]:
     """Every way of the menu to store a kernel [n, m], without its loss (nan)."""
     n, m = shape
     found = []
-    groups = [group for group in menu.groups if group is None or group < n]
+    groups = dict.fromkeys(group if group is not None and group < n else None for group in menu.groups)
     for bits in menu.bits:
         if bits is None:
             found.append(Offer("dense", None, None, None, 4 * n * m + _NAME, 2 * n * m, np.nan))
