@@ -56,7 +56,7 @@ TRIM = {"Trim": {"positions": "limit", "pooler": "unused"}}
 
 
 def channels(keep: float) -> dict[str, Any]:
-    return {"NystromFeedForward": {"keep": keep}}
+    return {"PruneChannels": {"keep": keep}}
 
 
 def drop(*layers: int) -> dict[str, Any]:

@@ -76,7 +76,7 @@ from flaxcompress.compress import (
     JointQueryKey,
     JointValueOutput,
     LowRank,
-    NystromFeedForward,
+    PruneChannels,
     ShareBasis,
     Step,
 )
@@ -129,7 +129,7 @@ def joint(**settings: Any) -> Any:
     def steps(model: fc.Model, keep: float) -> list[Step]:
         cut = heads(model, keep)
         rest = left_for_networks(model, keep, cut)
-        return [*cut, NystromFeedForward(keep=rest, sentences=SENTENCES, **settings)]
+        return [*cut, PruneChannels(keep=rest, sentences=SENTENCES, **settings)]
 
     return steps
 

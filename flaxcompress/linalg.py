@@ -171,57 +171,6 @@ def cut_between(
     return down, up, np.sqrt(np.maximum(squares[::-1], 0.0))
 
 
-def nystrom_columns(
-    second_moment: Float[np.ndarray, "F F"],
-    count: int,
-    *,
-    ridge: float = 1e-2,
-    reader: Float[np.ndarray, "F D"] | None = None,
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "k F"]]:
-    """Which k of F variables to keep, rising, and the matrix [k, F] that best makes all of them from those.
-
-    The kept variables make themselves, and each other one by the ridge regression (C_SS + λI)⁻¹C_S: on them (a Nyström
-    approximation of C); λ is `ridge` times the mean eigenvalue of C.
-
-    Args:
-      reader: W, a map that reads the variables h. With it they are chosen one by one, each as the one that takes most
-        off E‖hW - h'W‖², h' being made from those before it (orthogonal forward selection). Without it, those of
-        largest ridge leverage are kept, the diagonal of C(C + λI)⁻¹ (as in MoDeGPT, Lin et al. 2024), which knows
-        neither W nor that two variables may say the same.
-
-    Raises ValueError for a count outside 1 … F.
-    """
-    c = np.asarray(second_moment, np.float64)
-    _check_rank(count, *c.shape)
-    damping = ridge * np.trace(c) / len(c)
-    if not damping > 0:  # nothing is ever active: any of them
-        return np.arange(count), np.eye(len(c))[:count]
-    if reader is None:
-        values, vectors = np.linalg.eigh((c + c.T) / 2)
-        leverage = (vectors**2) @ (np.maximum(values, 0.0) / (np.maximum(values, 0.0) + damping))
-        kept = np.sort(np.argsort(-leverage, kind="stable")[:count])
-    else:
-        kept = _forward_selection(c, np.asarray(reader, np.float64), count, damping)
-    made = np.linalg.solve(c[np.ix_(kept, kept)] + damping * np.eye(count), c[kept])
-    made[:, kept] = np.eye(count)
-    return kept, made
-
-
-def _forward_selection(c: np.ndarray, reader: np.ndarray, count: int, damping: float) -> np.ndarray:
-    """The variables, rising, that in turn take most off the reader's squared error (see `nystrom_columns`)."""
-    rest, seen = c.copy(), c @ reader  # what the chosen ones do not explain: of C, and of CW
-    chosen = np.zeros(len(c), bool)
-    for _ in range(count):
-        left = np.maximum(np.diagonal(rest), 0.0) + damping
-        gain = np.where(chosen, -np.inf, (seen**2).sum(1) / left)
-        best = int(np.argmax(gain))
-        chosen[best] = True
-        direction = rest[best] / left[best]
-        seen -= np.outer(direction, seen[best])
-        rest -= np.outer(direction, rest[best].copy())
-    return np.flatnonzero(chosen)
-
-
 def shifted_target(
     weight: Float[np.ndarray, "n m"],
     second_moment: Float[np.ndarray, "n n"],

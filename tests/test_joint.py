@@ -17,7 +17,7 @@ from flaxcompress.compress import (
     Context,
     JointQueryKey,
     JointValueOutput,
-    NystromFeedForward,
+    PruneChannels,
     joint_query_key,
     joint_value_output,
 )
@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 STEPS = {
     "value and output": lambda width: JointValueOutput(width=width),
     "query and key": lambda width: JointQueryKey(width=width),
-    "feed-forward": lambda width: NystromFeedForward(keep=width / WIDTH),
+    "feed-forward": lambda width: PruneChannels(keep=width / WIDTH),
 }
 
 
@@ -204,11 +204,11 @@ def test_the_pairs_that_stay_are_the_ones_that_count():
         (JointQueryKey(width=3), {"query_key_norm": True}, "models with norms of queries and keys"),
         (JointQueryKey(width=3), {"projection_kernel": 3}, "models with convolved projections"),
         (
-            NystromFeedForward(width=3),
+            PruneChannels(width=3),
             {"deltas": Deltas(rank=2)},
             "does not cover models with deltas",
         ),
-        (NystromFeedForward(width=40), {}, "NystromFeedForward: width 40 is not in 1 … 32"),
+        (PruneChannels(width=40), {}, "PruneChannels: width 40 is not in 1 … 32"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_the_plan(step, more, message):
@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused_by_the_plan(step, more, message):
 
 def test_a_ridge_of_nothing_is_refused():
     with pytest.raises(ValueError, match="ridge must be positive"):
-        NystromFeedForward(width=3, ridge=0.0)
+        PruneChannels(width=3, ridge=0.0)
 
 
 def test_weights_that_are_not_finite_are_named():

@@ -201,61 +201,6 @@ def test_cut_between_at_full_width_is_lossless_even_where_nothing_is_read():
         np.testing.assert_allclose(down @ up, np.eye(7), rtol=0, atol=64 * EPS * math.sqrt(7e6))
 
 
-@pytest.mark.parametrize("count", [1, 6, 11, N])
-def test_nystrom_columns_make_the_others_by_ridge_regression(count):
-    """As least squares on the samples themselves: [H_S; √λI]·M = [H; 0] for the variables that are not kept."""
-    rng = np.random.default_rng(3)
-    h = rng.normal(size=(200, 8)) @ rng.normal(size=(8, N)) + 0.05 * rng.normal(size=(200, N)) + 0.3
-    c = h.T @ h / len(h)
-    kept, made = linalg.nystrom_columns(c, count)
-    damping = 1e-2 * np.trace(c) / N
-    leverage = np.diagonal(c @ np.linalg.inv(c + damping * np.eye(N)))
-    assert set(kept) == set(np.argsort(leverage)[::-1][:count]) and list(kept) == sorted(kept)
-    rest = np.setdiff1d(np.arange(N), kept)
-    root = math.sqrt(damping * len(h)) * np.eye(count)
-    system, target = np.vstack([h[:, kept], root]), np.vstack([h[:, rest], np.zeros((count, len(rest)))])
-    naive = np.linalg.lstsq(system, target, rcond=None)[0]
-    np.testing.assert_allclose(made[:, rest], naive, rtol=0, atol=64 * EPS * np.linalg.cond(system) ** 2)
-    np.testing.assert_array_equal(made[:, kept], np.eye(count))
-    if count == 11:  # more than the 8 that vary: nearly nothing is lost
-        assert np.square(h[:, kept] @ made - h).sum() < 0.01 * np.square(h).sum()
-
-
-def test_forward_selection_passes_over_copies_and_what_nobody_reads():
-    """Six variables that vary alike, their copies, and six loud ones that the reader ignores."""
-    rng = np.random.default_rng(4)
-    h = rng.normal(size=(400, 12))
-    h = np.hstack([h[:, :6], h[:, :6], 10 * h[:, 6:]])
-    reader = np.vstack([rng.normal(size=(12, 5)), np.zeros((6, 5))])
-    c = h.T @ h / len(h)
-    errors = []
-    for given in (reader, None):
-        kept, made = linalg.nystrom_columns(c, 6, ridge=1e-6, reader=given)
-        errors.append(np.square(h[:, kept] @ made @ reader - h @ reader).sum() / np.square(h @ reader).sum())
-    assert errors[0] < 1e-6 < 0.5 < errors[1]  # leverage keeps the loud ones
-
-
-def test_forward_selection_takes_at_each_step_what_leaves_least():
-    """Against trying every variable at the first two steps, by ridge regression on all that are kept."""
-    c, reader = moment(), matrix()
-    damping = 1e-2 * np.trace(c) / N
-
-    def lost(kept):
-        m = np.linalg.solve(c[np.ix_(kept, kept)] + damping * np.eye(len(kept)), c[kept] @ reader)
-        # Squared error and ridge penalty together: what the elimination lowers.
-        return np.einsum("nm,nk,km->", reader, c, reader) - np.einsum("km,km->", c[kept] @ reader, m)
-
-    first = min(range(N), key=lambda j: lost([j]))
-    second = min((j for j in range(N) if j != first), key=lambda j: lost([first, j]))
-    kept, _ = linalg.nystrom_columns(c, 2, reader=reader)
-    assert set(kept) == {first, second}
-
-
-def test_nystrom_columns_of_what_is_never_active_are_finite():
-    kept, made = linalg.nystrom_columns(np.zeros((N, N)), 4)
-    assert len(kept) == 4 and np.isfinite(made).all()
-
-
 def test_shifted_target_is_ridge_regression_on_the_shifted_inputs():
     """The least-squares problem [X'; √λI]·W* = [XW; √λW], solved naively; its truncation is reduced-rank regression."""
     rng = np.random.default_rng(11)

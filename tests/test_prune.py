@@ -513,7 +513,7 @@ def test_repair_is_not_fooled_by_other_kernels_of_the_same_shape(model, context,
 
 
 def test_repair_needs_the_originals_shape(model, context):
-    narrow = applied(fc.NystromFeedForward(keep=0.5), model, context)
+    narrow = applied(fc.PruneChannels(keep=0.5), model, context)
     narrow = applied(fc.Quantize(bits=4, rounding="nearest"), narrow, context)
     with pytest.raises(ValueError, match=r"put it right behind those: layers/0/feed_forward/up/bias is not as it was"):
         applied(fc.Repair(rank=2), narrow, context)

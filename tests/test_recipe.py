@@ -174,7 +174,7 @@ def test_a_step_applied_twice_is_refused_with_the_first_matrix(model, step):
         *DECOMPOSING[:3],
         fc.JointQueryKey(width=4),
         fc.JointValueOutput(width=4),
-        fc.NystromFeedForward(keep=0.5),
+        fc.PruneChannels(keep=0.5),
         fc.Allocate(target="30kB"),
     ],
     ids=lambda step: step.name,

@@ -25,8 +25,10 @@ from flaxcompress.compress import (
     JointQueryKey,
     JointValueOutput,
     LowRank,
-    NystromFeedForward,
     Prune,
+    PruneChannels,
+    PruneHeads,
+    PruneWidth,
     Quantize,
     SeparableConvolutions,
     Share,
@@ -133,7 +135,12 @@ STEPS = {
     "low_rank-energy-ranks": LowRank(pattern=KERNELS, keep=0.6, allocation="energy"),
     "joint-value-output": JointValueOutput(keep=0.5),
     "joint-query-key": JointQueryKey(width=5),
-    "nystrom-feed-forward": NystromFeedForward(keep=0.5),
+    "prune_channels": PruneChannels(keep=0.5),
+    "prune_channels-gradient": PruneChannels(width=9, by="gradient"),
+    "prune_heads": PruneHeads(heads=1),
+    "prune_heads-magnitude": PruneHeads(keep=0.5, by="magnitude", repair=False),
+    "prune_width": PruneWidth(keep=0.5, multiple=4),
+    "prune_width-gradient": PruneWidth(width=20, by="gradient"),
     "tensorize-cp": Tensorize(pattern=FEED_FORWARD, kind="cp", rank=6),
     "tensorize-tucker": Tensorize(pattern=KERNELS, keep=0.6),
     "tensorize-train": Tensorize(pattern=KERNELS, kind="tensor_train", keep=0.5),
@@ -191,7 +198,7 @@ SLOW |= {"embedding-float-tiers", "embedding-bytes", "low_rank-none", "quantize-
 SLOW |= {"low_rank-asvd", "low_rank-pca", "low_rank-two_sided", "low_rank-sequential"}
 SLOW |= {"share-mean", "share-random", "share_basis-none"}
 SLOW |= {"tensorize-tucker", "tensorize-paired", "tensorize-cp-cut"}
-SLOW |= {"latent-none"}
+SLOW |= {"latent-none", "prune_channels-gradient", "prune_heads-magnitude", "prune_width-gradient"}
 SLOW |= {"joint-query-key"}
 SLOW |= {"prune-magnitude", "prune-n_of_m-wanda", "prune-fisher", "prune-budget", "prune-sparsegpt"}
 EVERY = pytest.mark.parametrize(

@@ -35,7 +35,7 @@ FULL: dict[str, Step] = {
     "Tensorize tensor_train": fc.Tensorize(SQUARE, kind="tensor_train", rank=10**6, allow_larger=True),
     "JointValueOutput": fc.JointValueOutput(keep=1.0),
     "JointQueryKey": fc.JointQueryKey(keep=1.0),
-    "NystromFeedForward": fc.NystromFeedForward(keep=1.0),
+    "PruneChannels": fc.PruneChannels(keep=1.0),
     "FactorizeEmbedding": fc.FactorizeEmbedding(rank=64, allow_larger=True),
     "Fold": fc.Fold(),
 }

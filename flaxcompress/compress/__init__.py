@@ -11,8 +11,10 @@ from flaxcompress.compress.joint_query_key import JointQueryKey
 from flaxcompress.compress.joint_value_output import JointValueOutput
 from flaxcompress.compress.low_memory import compress_folder
 from flaxcompress.compress.low_rank import LowRank
-from flaxcompress.compress.nystrom_feed_forward import NystromFeedForward
 from flaxcompress.compress.prune import Prune
+from flaxcompress.compress.prune_channels import PruneChannels
+from flaxcompress.compress.prune_heads import PruneHeads
+from flaxcompress.compress.prune_width import PruneWidth
 from flaxcompress.compress.quantize import BitsFor, Quantize
 from flaxcompress.compress.recipe import Plan, Recipe, recipe_names
 from flaxcompress.compress.repair import Repair
@@ -21,6 +23,7 @@ from flaxcompress.compress.separable_convolutions import SeparableConvolutions
 from flaxcompress.compress.share import Share
 from flaxcompress.compress.share_basis import ShareBasis
 from flaxcompress.compress.step import Context, Step, known_steps, step_from_json
+from flaxcompress.compress.student import student_from
 from flaxcompress.compress.tensor_train_embedding import TensorTrainEmbedding
 from flaxcompress.compress.tensorize import Tensorize
 from flaxcompress.compress.tiers import TierSetting
@@ -43,9 +46,11 @@ __all__ = [
     "JointQueryKey",
     "JointValueOutput",
     "LowRank",
-    "NystromFeedForward",
     "Plan",
     "Prune",
+    "PruneChannels",
+    "PruneHeads",
+    "PruneWidth",
     "Quantize",
     "Recipe",
     "Repair",
@@ -66,4 +71,5 @@ __all__ = [
     "known_steps",
     "recipe_names",
     "step_from_json",
+    "student_from",
 ]

@@ -21,21 +21,26 @@ from flaxcompress.model import Model
 from flaxcompress.nn.transformer import run
 
 
-def narrower(width: int | None, keep: float | None, full: int, where: str, multiple: int = 1) -> int:
+def narrower(
+    width: int | None, keep: float | None, full: int, where: str, multiple: int = 1, *, name: str = "width"
+) -> int:
     """The width that `width` or `keep`, a fraction of the full one, asks for; a multiple of a number.
+
+    Args:
+      name: what is counted, in errors.
 
     Raises ValueError unless exactly one of them is given, and for a width outside multiple … full.
     """
     if (width is None) == (keep is None):
-        raise ValueError(f"{where}: give either width or keep, got width={width}, keep={keep}")
+        raise ValueError(f"{where}: give either {name} or keep, got {name}={width}, keep={keep}")
     if keep is not None:
         if not 0 < keep <= 1:
-            raise ValueError(f"{where}: keep {keep} must lie in (0, 1], the fraction of the width")
+            raise ValueError(f"{where}: keep {keep} must lie in (0, 1], the fraction of the {name} that stays")
         width = max(multiple, int(keep * full) // multiple * multiple)
     assert width is not None
     if not multiple <= width <= full or width % multiple:
         steps = f", in steps of {multiple}" if multiple > 1 else ""
-        raise ValueError(f"{where}: width {width} is not in {multiple} … {full}{steps}")
+        raise ValueError(f"{where}: {name} {width} is not in {multiple} … {full}{steps}")
     return width
 
 
