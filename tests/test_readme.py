@@ -43,6 +43,15 @@ def test_the_training_settings_are_read():
     assert TrainConfig.from_dict(parse_yaml(text, "README.md")).task.head == "pretraining"
 
 
+def test_the_search_shown_is_one():
+    from flaxcompress.config.typed import read_settings
+    from flaxcompress.config.yaml_file import parse_yaml
+    from flaxcompress.train.search import Search
+
+    (text,) = (block for block in blocks("text") if block.startswith("train:"))
+    assert read_settings(Search, parse_yaml(text, "README.md"), "README.md").count == 20
+
+
 def test_every_command_shown_exists():
     from flaxcompress.cli import main
     from flaxcompress.cli.verbs import VERBS

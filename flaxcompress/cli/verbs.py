@@ -11,6 +11,7 @@ from flaxcompress.cli.export import Export
 from flaxcompress.cli.generate import Generate
 from flaxcompress.cli.inspect import Inspect
 from flaxcompress.cli.plan import Plan
+from flaxcompress.cli.search import SearchVerb
 from flaxcompress.cli.sensitivity import Sensitivity
 from flaxcompress.cli.train import Train
 
@@ -19,6 +20,7 @@ VERBS: dict[str, type[Verb]] = {
     "compress": Compress,
     "sensitivity": Sensitivity,
     "train": Train,
+    "search": SearchVerb,
     "evaluate": Evaluate,
     "encode": Encode,
     "generate": Generate,
