@@ -43,14 +43,14 @@ far apart both frameworks are on the machine of the day.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "fast_encoder.json"
+from results import Results, data
+
+RESULTS = Results(__file__)
 MIXED = ("multi30k/train.en.gz", "ag_news/train_10k.tsv.gz:text", "wikitext2/train.txt.gz")
 TRIM = {"Trim": {"positions": "limit", "pooler": "unused"}}
 
@@ -81,13 +81,6 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "a quarter of the channels, heads 24": [channels(0.25), *heads(24, 24)],
     "an eighth of the channels": [channels(0.125)],
 }
-
-
-def data(name: str) -> Path:
-    folder = os.environ.get("FLAXCOMPRESS_DATA")
-    if not folder:
-        raise SystemExit("set FLAXCOMPRESS_DATA to the folder that holds wikitext2/ and stsb/")
-    return Path(folder) / name
 
 
 def recipe_of(name: str, steps: int | None) -> Any:
@@ -127,7 +120,7 @@ def run(names: list[str], steps: int | None, sentences: int, rounds: int, mixed:
         key += ", mixed text" if mixed else ""
         if out is not None:
             fc.save(small, out / name.replace(" ", "_"))
-        keep(key, {**entry, **speed(small, sentences, rounds)})
+        RESULTS.keep(key, {**entry, **speed(small, sentences, rounds)})
 
 
 def fidelity(small: Any, original: Any) -> dict[str, float]:
@@ -166,21 +159,12 @@ def measure(key: str, folder: Path, sentences: int, rounds: int) -> None:
     """The speed of a folder that `run --out` saved, into its entry: healing need not wait for an idle machine."""
     import flaxcompress as fc
 
-    keep(key, {**read().get(key, {}), **speed(fc.load(folder), sentences, rounds)})
-
-
-def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-
-
-def keep(key: str, entry: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps({**read(), key: entry}, indent=1) + "\n", "utf-8")
-    print(key, entry, flush=True)
+    RESULTS.keep(key, {**RESULTS.read().get(key, {}), **speed(fc.load(folder), sentences, rounds)})
 
 
 def table() -> None:
     print(f"{'candidate':62}{'MB':>7}{'FLOPs':>7}{'speed':>7}{'dev':>9}{'cosine':>9}{'train':>9}")
-    for name, entry in read().items():
+    for name, entry in RESULTS.read().items():
         rate = f"{entry['speed']['median']:7.2f}"
         figures = "".join(f"{entry[key]:9.4f}" for key in ("spearman", "cosine", "train_cosine"))
         print(f"{name:62}{entry['MB']:7.2f}{entry['flops']:7.3f}{rate}{figures}")

@@ -32,13 +32,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from results import Results, data
+
 HERE = Path(__file__).parent
-RESULTS = HERE / "fine_tuning.json"
+RESULTS = Results(__file__)
 LORA = {"name": "lora", "rank": 8, "alpha": 16, "pattern": r"layers/\d+/attention/.*/kernel"}
 TUNINGS: dict[str, tuple[dict[str, Any] | None, float]] = {  # and what the learning rate is multiplied by
     "whole": (None, 1.0),
@@ -52,13 +53,6 @@ DEV = {
     "wnut17": ("tokens", "wnut17/dev.conll.gz"),
     "ag_news": ("classification", "ag_news/test.tsv.gz"),
 }
-
-
-def data(name: str) -> Path:
-    folder = os.environ.get("FLAXCOMPRESS_DATA")
-    if not folder:
-        raise SystemExit("set FLAXCOMPRESS_DATA to the folder that holds sst2/, ag_news/ and wnut17/")
-    return Path(folder) / name
 
 
 def settings(name: str, variant: str, changes: list[str]) -> Any:
@@ -121,21 +115,12 @@ def run(name: str, variants: list[str], changes: list[str]) -> None:
         found = fc.evaluate(model, task, data=data(file))
         metrics = {key: round(found[key], 4) for key in ("accuracy", "f1", "macro_f1") if key in found}
         size = round(storage.file_size(tensors_of(model)) / 1e6, 2)
-        keep(f"{name}, {variant}", {**metrics, "MB": size, **entry, "seconds": round(seconds)})
-
-
-def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-
-
-def keep(key: str, entry: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps({**read(), key: entry}, indent=1) + "\n", "utf-8")
-    print(key, entry, flush=True)
+        RESULTS.keep(f"{name}, {variant}", {**metrics, "MB": size, **entry, "seconds": round(seconds)})
 
 
 def table() -> None:
     print(f"{'':22}{'MB':>7}{'trained':>12}{'accuracy':>10}{'F1':>8}")
-    for name, entry in read().items():
+    for name, entry in RESULTS.read().items():
         trained = f"{entry['trained']:12,}" if "trained" in entry else " " * 12
         f1 = entry.get("f1", entry.get("macro_f1"))
         print(f"{name:22}{entry['MB']:7.2f}{trained}{entry['accuracy']:10.4f}{'' if f1 is None else f'{f1:8.4f}'}")

@@ -56,13 +56,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jax
+from results import Results, data
 
 import flaxcompress as fc
 from flaxcompress import storage
@@ -70,7 +70,7 @@ from flaxcompress.compress import recipe_names
 from flaxcompress.folder import tensors_of
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "one_budget.json"
+RESULTS = Results(__file__)
 KINDS: dict[str, tuple[str, ...]] = {
     "all kinds": ("bits", "rank", "table", "drop", "tie"),
     "bits alone": ("bits",),
@@ -79,22 +79,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "layers alone": ("drop", "tie"),
     "bits and table": ("bits", "table"),
 }
-
-
-def data(name: str) -> Path:
-    folder = os.environ.get("FLAXCOMPRESS_DATA")
-    if not folder:
-        raise SystemExit("set FLAXCOMPRESS_DATA to the folder that holds wikitext2/ and stsb/")
-    return Path(folder) / name
-
-
-def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-
-
-def keep(name: str, entry: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps({**read(), name: entry}, indent=1) + "\n", "utf-8")
-    print(name, entry, flush=True)
 
 
 def measured(small: fc.Model, report: fc.Report, original: fc.Model, asked: float, seconds: float) -> dict[str, Any]:
@@ -142,7 +126,7 @@ def run(names: list[str], weights: dict[str, float] | None) -> None:
             )
             recipe = fc.Recipe(list(changed), recipe.description, recipe.scrambled)
             label += f", weights {json.dumps(weights)}"
-        keep(label, compressed(recipe, original, asked, [data("wikitext2/train.txt.gz")]))
+        RESULTS.keep(label, compressed(recipe, original, asked, [data("wikitext2/train.txt.gz")]))
 
 
 def kinds(targets: list[str]) -> None:
@@ -156,16 +140,16 @@ def kinds(targets: list[str]) -> None:
                 recipe = fc.Recipe([trim, fc.Allocate(target=target, actions=actions)])  # pyright: ignore[reportArgumentType]
                 recipe.plan(original)
             except ValueError as error:
-                keep(f"{target}, {name}", {"refused": str(error)})
+                RESULTS.keep(f"{target}, {name}", {"refused": str(error)})
                 continue
-            keep(f"{target}, {name}", compressed(recipe, original, asked, None))
+            RESULTS.keep(f"{target}, {name}", compressed(recipe, original, asked, None))
 
 
 def table() -> None:
     """Prints what was kept, shipped recipes beside their sizes."""
     frontier = json.loads((HERE / "minilm_frontier.json").read_text("utf-8"))
     print(f"{'configuration':60}{'MB':>7}{'STS-B dev':>11}{'cosine':>9}{'train':>9}{'held-out':>10}  kinds")
-    for name, entry in read().items():
+    for name, entry in RESULTS.read().items():
         shipped = frontier.get(name.partition(",")[0])
         if shipped:
             print(_line(name.partition(",")[0], shipped))
