@@ -69,6 +69,11 @@ class TrainConfig:
         if training.z_loss and not self.task.has_z_loss:
             raise ValueError(f"training/z_loss: {self.task.name} has none; leave it out")
         self.optimizer.learning_rates(training.steps)
+        if self.optimizer.prune is not None and (training.take_best or training.ema):
+            raise ValueError(
+                "optimizer/prune: take_best and ema would give weights that are not as sparse as asked for; leave them "
+                "out of training"
+            )
         measured = (training.evaluate_every, training.keep_best, training.take_best, training.patience)
         if any(measured) and not self.data.validates:
             raise ValueError(

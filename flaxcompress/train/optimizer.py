@@ -12,6 +12,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from flaxcompress.config import closest
 from flaxcompress.train.depth import scale_by_depth, unfreeze_by_depth
 from flaxcompress.train.leaves import describe, each_set, matrices
+from flaxcompress.train.pruning import GradualPruning, prune_gradually
 from flaxcompress.train.schedule import ENDING, SCHEDULES, make_schedule
 
 _LONGEST_WARMUP = 1000
@@ -59,6 +60,7 @@ class Optimizer:
       layer_decay: the learning rate of each layer as a share of that of the layer above; None: all have the same.
       unfreeze_every: so many steps after the head the topmost layer begins to move, after as many the next, the
         embedding last; 0: all move from the start.
+      prune: makes ever more of the maps' weights zero while they train; None: none.
 
     Raises ValueError for unknown names, numbers out of range, and settings that the optimizer or schedule lacks.
     """
@@ -76,6 +78,7 @@ class Optimizer:
     clip: float | None = 1.0
     layer_decay: float | None = None
     unfreeze_every: int = 0
+    prune: GradualPruning | None = None
 
     def __post_init__(self):
         for kind, given, known in (("name", self.name, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
@@ -140,7 +143,10 @@ class Optimizer:
             parts.append(scale_by_depth(self.layer_decay))
         if self.unfreeze_every:
             parts.append(unfreeze_by_depth(self.unfreeze_every))
-        return optax.chain(*parts, optax.scale_by_learning_rate(self.learning_rates(steps)))
+        parts.append(optax.scale_by_learning_rate(self.learning_rates(steps)))
+        if self.prune is not None:
+            parts.append(prune_gradually(self.prune, steps))
+        return optax.chain(*parts)
 
 
 def _adam(b1: float, b2: float, eps: float) -> list[optax.GradientTransformation]:
