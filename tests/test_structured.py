@@ -259,7 +259,7 @@ def test_pytorch_computes_the_same_from_the_folder(step, name, tmp_path):
     ],
 )
 def test_a_stock_folder_where_transformers_has_such_a_model(name, step, refused, tmp_path):
-    changes: dict[str, Any] = {"query_key_norm": True, "family": "qwen3"} if name == "grouped decoder" else {}
+    changes: dict[str, Any] = {"family": "qwen3", "norm_bias": True} if name == "grouped decoder" else {}
     model = tiny(name)
     model = model.replace(config=model.config.replace(**changes))  # pyright: ignore[reportAttributeAccessIssue]
     small = applied(step, model)

@@ -55,9 +55,8 @@ class PruneHeads(StructuredPruning):
         inner = [a for a in present if a.startswith("layers/") and "/attention/" in a]
         check_uncompressed(present, inner, self.name)
         groups = config.groups * heads // config.heads if self.unit == "groups" else config.groups
-        return dense_rules(config, inner).replace(
-            heads=heads, key_value_heads=None if groups == heads else groups, head_width=config.head_dim
-        )
+        stated = None if config.key_value_heads is None else groups  # a query head each, as before
+        return dense_rules(config, inner).replace(heads=heads, key_value_heads=stated, head_width=config.head_dim)
 
     def __call__(self, model: Model, context: Context, *, key: jax.Array) -> Model:
         config, planned = model.config, self.plan(model.config)
