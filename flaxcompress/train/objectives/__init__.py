@@ -5,7 +5,7 @@ from flaxcompress.train.objectives.classification import Classification
 from flaxcompress.train.objectives.distillation import Distill
 from flaxcompress.train.objectives.language import NextToken
 from flaxcompress.train.objectives.masked_lm import MaskedLM
-from flaxcompress.train.objectives.terms import cosine_term, hidden_term, logit_error_term, logits_term
+from flaxcompress.train.objectives.terms import cosine_term, hidden_term, logit_error_term, logits_term, relation_term
 
 __all__ = [
     "IGNORED",
@@ -24,4 +24,5 @@ __all__ = [
     "logit_error_term",
     "logits_term",
     "mean_of",
+    "relation_term",
 ]

@@ -12,12 +12,13 @@ from flaxcompress.train.objectives.terms.hidden import HIDDEN, HiddenSettings, h
 from flaxcompress.train.objectives.terms.layers import LayerSettings, check_layers
 from flaxcompress.train.objectives.terms.logit_error import LOGIT_ERROR, LogitErrorSettings, logit_error_term
 from flaxcompress.train.objectives.terms.logits import LOGITS, LogitsSettings, logits_term
+from flaxcompress.train.objectives.terms.relations import RELATIONS, RelationSettings, relation_term
 
-TERMS: tuple[DistillTerm, ...] = (COSINE, HIDDEN, LOGITS, LOGIT_ERROR)
+TERMS: tuple[DistillTerm, ...] = (COSINE, HIDDEN, LOGITS, LOGIT_ERROR, RELATIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(CosineSettings, HiddenSettings, LogitsSettings, LogitErrorSettings, LayerSettings):
+class Settings(CosineSettings, HiddenSettings, LogitsSettings, LogitErrorSettings, RelationSettings, LayerSettings):
     """All settings of all terms; each is described where its term is."""
 
 
@@ -55,6 +56,7 @@ __all__ = [
     "hidden_term",
     "logit_error_term",
     "logits_term",
+    "relation_term",
     "terms_in",
     "values_of",
 ]

@@ -11,8 +11,15 @@ from jaxtyping import Array, Bool, Float
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.nn import TransformerOutput
+from flaxcompress.nn.packs import same_document
+from flaxcompress.ops import both, sight
 from flaxcompress.text import Pooling
 from flaxcompress.train.objectives.base import Term
+
+
+def attending(config: ModelConfig) -> ModelConfig:
+    """The part whose attention the outputs are of: the decoder, where there is one."""
+    return config if config.decoder is None else config.decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,17 @@ class Pair:
     batch: Mapping[str, Any]
     mask: Bool[Array, "B T"]
     pooling: Pooling
+
+    @property
+    def sees(self) -> Bool[Array, "#B T T"]:
+        """Which tokens each token may see: real ones of its document, none after it where a model is causal."""
+        real = same_document(self.batch["packs"]) if "packs" in self.batch else self.mask
+        places = jnp.arange(self.mask.shape[1])
+        found = both(
+            real, sight(places, places, causal=any(c.causal for c in map(attending, (self.student, self.teacher))))
+        )
+        assert found is not None
+        return found
 
 
 def _nothing(settings: Any, where: str) -> None:
