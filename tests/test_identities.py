@@ -17,8 +17,7 @@ from flaxcompress.formats import LowRank, TensorTrainSpec, materialize, nbytes, 
 from flaxcompress.model import abstract_flat, init_params
 from flaxcompress.nn import run
 from flaxcompress.ops import layer_norm
-from flaxcompress.train.objectives.base import mean_of
-from flaxcompress.train.objectives.distillation import logit_error_term, logits_term
+from flaxcompress.train.objectives import logit_error_term, logits_term, mean_of
 from flaxcompress.train.trainable import partition
 
 EPS = float(np.finfo(np.float32).eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 from jaxtyping import Array, Float
 
@@ -13,6 +15,22 @@ from flaxcompress.nn.depthwise import Depthwise, lead
 from flaxcompress.nn.linear import Linear, project_together
 from flaxcompress.nn.logical import constrain
 from flaxcompress.ops import attend_values, attention_probabilities, dot_product_attention, rotate
+
+PROJECTIONS = "projections"  # the collection in which a forward pass keeps queries, keys and values
+
+
+class Projections(NamedTuple):
+    """What attention multiplies: queries and keys as scores see them, after norms and rotary positions, and values."""
+
+    query: Float[Array, "*L B T H d"]
+    key: Float[Array, "*L B S K d"]
+    value: Float[Array, "*L B S K e"]
+
+
+def keep_projections(module: nn.Module, query, key, value) -> None:
+    """Keeps a layer's queries, keys and values when the caller made their collection mutable; nothing otherwise."""
+    found = Projections(query, key, value)
+    module.sow(PROJECTIONS, "all", found, init_fn=lambda: found, reduce_fn=lambda _, new: new)
 
 
 class Core(nn.Module):
@@ -106,6 +124,7 @@ class Attention(nn.Module):
             query, key = self.query_norm(query).astype(x.dtype), self.key_norm(key).astype(x.dtype)
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
+        keep_projections(self, query, key, value)
         if cache is not None:
             seen, cache = cache.extend({"key": key, "value": value}, ring=is_ring(config))
             key, value = seen["key"], seen["value"]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from flaxcompress.config import Latent, ModelConfig
 from flaxcompress.nn.add_norm import Norm
-from flaxcompress.nn.attention import Core
+from flaxcompress.nn.attention import Core, keep_projections
 from flaxcompress.nn.cache import LayerCache, is_ring
 from flaxcompress.nn.context import Context
 from flaxcompress.nn.linear import Linear, project_together
@@ -132,7 +132,9 @@ class LatentAttention(nn.Module):
         both = self.expand(latent[:, :, 0]).reshape(*latent.shape[:2], self.config.heads, -1)
         own, value = jnp.split(both, [plain.shape[-1]], axis=-1)
         keys = jnp.concatenate([own, jnp.broadcast_to(key, (*own.shape[:-1], key.shape[-1]))], -1)
-        return self.core(jnp.concatenate([plain, turned], -1), keys, value, context.mask, context.bias, **need)
+        query = jnp.concatenate([plain, turned], -1)
+        keep_projections(self, query, keys, value)
+        return self.core(query, keys, value, context.mask, context.bias, **need)
 
     def absorbed(
         self,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from flaxcompress import tree
 from flaxcompress.config import PARTS, ModelConfig, Sets
 from flaxcompress.nn.add_norm import norm_names
+from flaxcompress.nn.attention import PROJECTIONS
 from flaxcompress.nn.bases import BASES, init_bases
 from flaxcompress.nn.cache import LayerCache, laid_out, stored
 from flaxcompress.nn.context import Context
@@ -42,6 +43,7 @@ class StackOutput(NamedTuple):
       cross_attentions: those of a decoder on the encoder's tokens, [L, B, H, T, S].
       recorded: (first layer, what `record` returned stacked over the segment's layers), one entry per segment.
       cache: what the layers keep for later tokens, these included, stacked.
+      projections: the queries, keys and values of self-attention, [L, B, T, heads, width] each (see `Projections`).
     """
 
     x: Any
@@ -50,6 +52,7 @@ class StackOutput(NamedTuple):
     cross_attentions: Any = None
     recorded: Any = None
     cache: Any = None
+    projections: Any = None
 
 
 class Segment(NamedTuple):
@@ -152,6 +155,7 @@ class Stack(nn.Module):
         deterministic: bool = True,
         need_hidden_states: bool = False,
         need_attentions: bool = False,
+        need_projections: bool = False,
         record: Record | None = None,
         remat: str = "none",
         unroll: int = 1,
@@ -169,15 +173,16 @@ class Stack(nn.Module):
         else:
             layers = {part: self.get_variable("params", part) for part in parts}
         dropout_key = None if deterministic else self.make_rng("dropout")
-        hidden, attentions, crossed, recorded, added = [], [], [], [], []
+        hidden, attentions, crossed, recorded, added, projected = [], [], [], [], [], []
         for segment in segments(config, layers):
-            need = (need_hidden_states, need_attentions, record)
+            need = (need_hidden_states, need_attentions, need_projections, record)
             x, outputs = self._scan(segment, layers, x, context, cache, dropout_key, (remat, unroll), *need)
             hidden.append(outputs[0])
             attentions.append(outputs[1])
             crossed.append(outputs[2])
             recorded.append((segment.first, outputs[3]))
             added.append(outputs[4])
+            projected.append(outputs[5])
         if cache is not None:
             new, whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *added)
             cache = stored(cache, new, whole, context.slots)
@@ -188,9 +193,11 @@ class Stack(nn.Module):
             jnp.concatenate(crossed) if need_attentions and config.sharing.cross_attention else None,
             recorded if record is not None else None,
             cache,
+            jax.tree.map(lambda *parts: jnp.concatenate(parts), *projected) if need_projections else None,
         )
 
-    def _scan(self, segment, layers, x, context, cache, dropout_key, loop, need_hidden_states, need_attentions, record):
+    def _scan(self, segment, layers, x, context, cache, dropout_key, loop, *need):
+        need_hidden_states, need_attentions, need_projections, record = need
         config = self.config
         (first, last, runs), (remat, unroll) = segment, loop
         module = Layer(config, config.sharing.of_layer(first), self.prefix, parent=None)
@@ -207,6 +214,7 @@ class Stack(nn.Module):
                 picked[part] = (run, jnp.asarray(local))
         windows = config.local[first:last]
         alike = len(set(windows)) == 1
+        kept_beside = [*([INPUTS] if record is not None else []), *([PROJECTIONS] if need_projections else [])]
 
         def body(x, step):
             number, slices, indices, is_local, kept = step
@@ -224,12 +232,13 @@ class Stack(nn.Module):
                 need_probabilities=need_attentions,
                 drop_rate=drops * (number + 1) / config.layers if drops else None,
                 rngs=rngs,
-                mutable=[INPUTS] if record is not None else [],
+                mutable=kept_beside,
             )
             inputs = record(recorded[INPUTS], context.real) if record is not None else None
             state = x if need_hidden_states else None
             added = None if out.cache is None else (out.cache.new, out.cache.whole)
-            return out.x, (state, out.probabilities, out.cross_probabilities, inputs, added)
+            projected: Any = recorded[PROJECTIONS]["attention"]["all"] if need_projections else None
+            return out.x, (state, out.probabilities, out.cross_probabilities, inputs, added, projected)
 
         indices = {part: local for part, (_, local) in picked.items()}
         steps = (jnp.arange(first, last), scanned, indices, None if alike else jnp.asarray(windows))

@@ -49,6 +49,7 @@ class TransformerOutput(NamedTuple):
     recorded: Any = None
     cache: Any = None
     encoder: Any = None
+    projections: Any = None
 
 
 class Transformer(nn.Module):
@@ -100,6 +101,7 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         need_hidden_states: bool = False,
         need_attentions: bool = False,
+        need_projections: bool = False,
         need_logits: bool = True,
         last_logits: bool = False,
         record: Record | None = None,
@@ -112,7 +114,8 @@ class Transformer(nn.Module):
     ) -> TransformerOutput:
         config = self.config
         need = {"deterministic": deterministic, "need_hidden_states": need_hidden_states, "record": record}
-        need |= {"need_attentions": need_attentions, "remat": remat, "unroll": unroll}
+        need |= {"need_attentions": need_attentions, "need_projections": need_projections}
+        need |= {"remat": remat, "unroll": unroll}
         if packs is not None:
             check_packs(config, attention_mask=mask, cache=cache)
         if config.decoder is None:
@@ -152,6 +155,7 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         need_hidden_states: bool = False,
         need_attentions: bool = False,
+        need_projections: bool = False,
         record: Record | None = None,
         remat: str = "none",
         unroll: int = 1,
@@ -167,6 +171,7 @@ class Transformer(nn.Module):
             deterministic=deterministic,
             need_hidden_states=need_hidden_states,
             need_attentions=need_attentions,
+            need_projections=need_projections,
             record=record,
             remat=remat,
             unroll=unroll,
@@ -175,7 +180,8 @@ class Transformer(nn.Module):
         hidden = jnp.concatenate([out.hidden_states, x[None]]) if need_hidden_states else None
         pooled = self.pooler(x) if config.pooler else None
         kept = None if after is None else after._replace(layers=out.cache)
-        return TransformerOutput(x, pooled, None, hidden, out.attentions, out.cross_attentions, out.recorded, kept)
+        beside = (out.attentions, out.cross_attentions, out.recorded, kept)
+        return TransformerOutput(x, pooled, None, hidden, *beside, projections=out.projections)
 
     def start(
         self,

@@ -11,10 +11,9 @@ from flaxcompress.data.labelled import Labelled
 from flaxcompress.data.tasks import causal_lm_batches, classification_batches
 from flaxcompress.folder import load
 from flaxcompress.train.objectives import Distill
+from flaxcompress.train.objectives.terms import Settings, check_settings, values_of
 from flaxcompress.train.tasks.base import Task, integers, token_shapes
 from flaxcompress.train.tasks.data import TextData
-
-_SETTINGS = ("cosine", "hidden", "logits", "logit_error", "temperature", "layers")
 
 
 class _Data(TextData):
@@ -27,25 +26,23 @@ class _Data(TextData):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillTask(Task):
+class DistillTask(Settings, Task):
     """What a teacher computes on text.
 
     Attributes:
       teacher: a folder, a hub id, or minilm.
-      cosine, hidden, logits, logit_error, temperature, layers: the loss's terms, see `Distill`. The classic
-        ½·(KL + λ·MSE) of logits is cosine: 0, hidden: 0, logits: 0.5, logit_error: λ/2.
+
+    The others are those of the loss's terms (`objectives/terms/`). The classic ½·(KL + λ·MSE) of logits is cosine: 0,
+    hidden: 0, logits: 0.5, logit_error: λ/2.
     """
 
     name: ClassVar[str] = "distill"
     has_z_loss: ClassVar[bool] = False
 
     teacher: str
-    cosine: float = 1.0
-    hidden: float = 1.0
-    logits: float = 1.0
-    logit_error: float = 0.0
-    temperature: float = 1.0
-    layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check_settings(self, f"task/{self.name}")
 
     @property
     def head(self):
@@ -55,8 +52,7 @@ class DistillTask(Task):
         return _Data(self, files, training)
 
     def objective(self, z_loss):
-        weights = {name: getattr(self, name) for name in _SETTINGS}
-        return Distill(teacher=load(self.teacher), **weights)
+        return Distill(teacher=load(self.teacher), **values_of(self))
 
     def shapes(self, rows, length, model):
         if model.causal:
