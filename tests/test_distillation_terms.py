@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import quick
 
 import flaxcompress as fc
 from flaxcompress import tree
@@ -48,7 +49,11 @@ def drawn(seed=0, **config) -> fc.Model:
 
 def terms_of(student: fc.Model, distill: fc.Distill, batch=BATCH):
     objective, constants = distill.split()
-    return objective.loss(Run(student.params, student.config, jnp.float32), constants, batch)
+
+    def loss(params, constants, batch):
+        return objective.loss(Run(params, student.config, jnp.float32), constants, batch)
+
+    return jax.jit(loss)(student.params, constants, batch)
 
 
 def mean(term) -> float:
@@ -107,7 +112,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", quick(PAIRS, ("narrower_shallower", "decoder_from_grouped")))
 def test_relations_equal_loops(name):
     ours, theirs, heads, layers = PAIRS[name]
     student, teacher = drawn(1, **ours), drawn(2, **theirs)
@@ -167,6 +172,99 @@ def test_relations_at_equality_are_nothing_and_their_gradient_too(kind):
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(theirs))
 
 
+# ── attention and embeddings ─────────────────────────────────────────────────────────────────────────────────────────
+
+NARROW = {"width": 16, "layers": 2}
+DEEP = {"layers": 3}
+
+
+def attention_loops(student, teacher, layers, causal) -> float:
+    """The mean over tokens of the mean over layers, heads and visible keys, in float64."""
+    by_token = []
+    for b, row in enumerate(MASK):
+        for t in np.flatnonzero(row):
+            seen = [s for s in np.flatnonzero(row) if s <= t or not causal]
+            found = [
+                (float(student[i, b, h, t, s]) - float(teacher[layer, b, h, t, s])) ** 2
+                for i, layer in enumerate(layers)
+                for h in range(student.shape[2])
+                for s in seen
+            ]
+            by_token.append(np.mean(found))
+    return float(np.mean(by_token))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_loops(causal):
+    kind = {**DECODER, **GROUPED} if causal else {}
+    student, teacher = drawn(1, **{**kind, **NARROW}), drawn(2, **(DECODER if causal else {}), **DEEP)
+    distill = fc.Distill(teacher=teacher, **OFF, attention=3.0, layers=(2, 0))
+    term = terms_of(student, distill)["attention"]
+    ours, theirs = (outputs(model, need_attentions=True).attentions for model in (student, teacher))
+    want = attention_loops(np.asarray(ours), np.asarray(theirs), (2, 0), causal)
+    # Two sums of at most 6 keys and 8 heads of layers; probabilities have an error of some roundings.
+    assert term.scale == 3.0 and want > 1e-3 and abs(mean(term) - want) <= 64 * EPS * want
+
+
+@pytest.mark.slow
+def test_attention_is_that_of_transformers(tmp_path):
+    """Of two BERTs of random weights, both written and read by transformers."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    theirs, ours = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
+        config = transformers.BertConfig(vocab_size=40, max_position_embeddings=16, initializer_range=0.4, **shape)
+        model = transformers.BertModel(config, add_pooling_layer=False).eval()
+        model.set_attn_implementation("eager")
+        model.save_pretrained(tmp_path / str(seed))
+        ours.append(fc.load(tmp_path / str(seed)))
+        inputs = {"input_ids": torch.tensor(IDS).long(), "attention_mask": torch.tensor(MASK).long()}
+        with torch.no_grad():
+            theirs.append(torch.stack(model(**inputs, output_attentions=True).attentions).numpy())
+    term = terms_of(ours[0], fc.Distill(teacher=ours[1], **OFF, attention=1.0))["attention"]
+    want = attention_loops(theirs[0], theirs[1], (0, 1), False)
+    assert want > 1e-3 and abs(mean(term) - want) <= 512 * EPS * want
+
+
+def test_embeddings_are_the_first_hidden_state():
+    student, teacher = drawn(1, layers=1), drawn(2, **DEEP)
+    term = terms_of(student, fc.Distill(teacher=teacher, **OFF, embeddings=2.0))["embeddings"]
+    a, b = (np.asarray(outputs(m, need_hidden_states=True).hidden_states[0], np.float64) for m in (student, teacher))
+    want = np.square(a - b)[MASK].sum() / np.square(b)[MASK].sum()
+    assert term.scale == 2.0 and abs(mean(term) - want) <= 16 * EPS * math.sqrt(b[MASK].size) * want
+
+
+# ── hard labels, and the classic loss ────────────────────────────────────────────────────────────────────────────────
+
+NEXT = np.where(MASK[:, 1:], IDS[:, 1:], -100)
+NEXT = np.concatenate([NEXT, np.full((3, 1), -100)], 1).astype(np.int32)
+CLASSES = {"head": "token_classification", "classes": 3}
+
+
+@pytest.mark.parametrize("name", ["next_token", "classes"])
+def test_hard_labels_are_cross_entropy(name):
+    kind, labels = (DECODER, NEXT) if name == "next_token" else (CLASSES, np.where(NEXT < 0, -100, NEXT % 3))
+    student, batch = drawn(1, **kind), {**BATCH, "labels": labels.astype(np.int32)}
+    term = terms_of(student, fc.Distill(teacher=drawn(2, **kind), **OFF, hard=0.25), batch)["hard"]
+    logits = np.asarray(outputs(student).logits, np.float64)
+    want = -np.mean([log_softmax(logits[b, t])[labels[b, t]] for b, t in zip(*np.nonzero(labels >= 0), strict=True)])
+    assert term.scale == 0.25 and float(term.weight) == (labels >= 0).sum() > 0
+    assert abs(mean(term) - want) <= 32 * EPS * np.abs(logits).max()
+
+
+def test_the_classic_loss_is_half_of_divergence_and_error():
+    student, teacher = drawn(1, **CLASSES), drawn(2, **CLASSES)
+    distill = fc.Distill.classic(teacher, 0.5)
+    terms = terms_of(student, distill)
+    assert set(terms) == {"logits", "logit_error"}
+    q, p = (np.asarray(outputs(model).logits, np.float64)[MASK] for model in (student, teacher))
+    logs = [[log_softmax(row) for row in rows] for rows in (p, q)]
+    divergence = np.mean([(np.exp(a) * (a - b)).sum() for a, b in zip(*logs, strict=True)])
+    want = (divergence + 0.5 * np.square(p - q).mean()) / 2
+    assert abs(float(mean_of(terms)) - want) <= 64 * EPS * max(np.abs(p).max(), np.abs(q).max()) ** 2
+
+
 def padded(batch, pad=3):
     """The same texts with more padding, of other tokens."""
     ids = np.pad(batch["input_ids"], ((0, 0), (0, pad)), constant_values=9)
@@ -181,6 +279,8 @@ TEACHES = {
         {**DECODER, **GROUPED, "width": 16, "layers": 1},
         DECODER,
     ),
+    "attention": ({"attention": 50.0, "layers": (1,)}, {"width": 16, "layers": 1}, {}),
+    "embeddings": ({"embeddings": 1.0}, {"layers": 1}, {}),
 }
 
 
@@ -195,7 +295,7 @@ def test_padding_does_not_count(name):
         assert abs(mean(a) - mean(b)) <= 128 * EPS * max(1.0, abs(mean(a))), key
 
 
-@pytest.mark.parametrize("name", TEACHES)
+@pytest.mark.parametrize("name", quick(TEACHES, ("relations_decoder",)))
 def test_a_student_learns_the_term(name):
     settings, ours, theirs = TEACHES[name]
     student, distill = drawn(1, **ours), fc.Distill(teacher=drawn(2, **theirs), **{**OFF, **settings})
@@ -230,6 +330,11 @@ WRONG = [
     ({"relations": 1.0, "relation_layers": (-4, 0)}, {}, "the teacher has 2 layers, and no layer -4"),
     ({"relations": 1.0, "relation_layers": (1,)}, {}, "relation_layers are two"),
     ({"relations": 1.0, "relation_heads": -1}, {}, "relation_heads must not be negative"),
+    ({"attention": 1.0}, {"heads": 2}, "the teacher has 4 heads and the student 2; use relations"),
+    ({"attention": 1.0}, {"layers": 1}, "2 of the teacher's layers is compared with the student's 1"),
+    ({"embeddings": 1.0}, {"width": 16}, "embeddings have width 24, the student's 16"),
+    ({"hard": 1.0}, {}, "hard labels need a student with a head"),
+    ({"hard": 1.0}, CLASSES, "the batches have no labels"),
     ({"relations": -1.0}, {}, "relations must not be negative"),
     ({}, {}, "are all 0: nothing is learned"),
 ]

@@ -5,7 +5,14 @@ from flaxcompress.train.objectives.classification import Classification
 from flaxcompress.train.objectives.distillation import Distill
 from flaxcompress.train.objectives.language import NextToken
 from flaxcompress.train.objectives.masked_lm import MaskedLM
-from flaxcompress.train.objectives.terms import cosine_term, hidden_term, logit_error_term, logits_term, relation_term
+from flaxcompress.train.objectives.terms import (
+    attention_term,
+    cosine_term,
+    hidden_term,
+    logit_error_term,
+    logits_term,
+    relation_term,
+)
 
 __all__ = [
     "IGNORED",
@@ -18,6 +25,7 @@ __all__ = [
     "Run",
     "Term",
     "Terms",
+    "attention_term",
     "cosine_term",
     "cross_entropy",
     "hidden_term",

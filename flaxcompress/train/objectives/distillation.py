@@ -42,6 +42,13 @@ class Distill(Settings, Objective):
         check_settings(self, "distill")
         check_layers(self.layers, self.teacher.config)
 
+    @classmethod
+    def classic(cls, teacher: Model, weight: float = 0.5, **settings: Any) -> Distill:
+        """½·mean(KL(teacher‖student) + λ·squared error of the logits), λ = `weight`; other terms may be added."""
+        return cls(
+            teacher=teacher, **{"cosine": 0.0, "hidden": 0.0, "logits": 0.5, "logit_error": weight / 2, **settings}
+        )
+
     def split(self) -> tuple[Objective, Any]:
         pooling = self.teacher.assets.pooling or Pooling()
         known = {"teacher": self.teacher.config, "pooling": pooling, "dropout": self.dropout}

@@ -21,6 +21,8 @@ class _Data(TextData):
         corpus, options = self._corpus(validation), {**self._rows(model), **options}
         if model.causal:
             return causal_lm_batches(corpus, assets, pack=True, **options)
+        if self.task.hard:
+            raise ValueError("task/hard: texts have no labels but a causal model's next tokens; leave it out")
         texts = list(corpus.documents())
         return classification_batches(Labelled(texts, np.zeros(len(texts), np.int32), ()), assets, **options)
 
@@ -33,7 +35,7 @@ class DistillTask(Settings, Task):
       teacher: a folder, a hub id, or minilm.
 
     The others are those of the loss's terms (`objectives/terms/`). The classic ½·(KL + λ·MSE) of logits is cosine: 0,
-    hidden: 0, logits: 0.5, logit_error: λ/2.
+    hidden: 0, logits: 0.5, logit_error: λ/2. Labels for `hard` are a causal model's next tokens.
     """
 
     name: ClassVar[str] = "distill"

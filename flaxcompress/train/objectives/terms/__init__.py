@@ -6,19 +6,32 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from flaxcompress.train.objectives.terms.attention import ATTENTION, AttentionSettings, attention_term
 from flaxcompress.train.objectives.terms.base import DistillTerm, Pair, counted
 from flaxcompress.train.objectives.terms.cosine import COSINE, CosineSettings, cosine_term
+from flaxcompress.train.objectives.terms.embeddings import EMBEDDINGS, EmbeddingSettings
+from flaxcompress.train.objectives.terms.hard import HARD, HardSettings
 from flaxcompress.train.objectives.terms.hidden import HIDDEN, HiddenSettings, hidden_term
 from flaxcompress.train.objectives.terms.layers import LayerSettings, check_layers
 from flaxcompress.train.objectives.terms.logit_error import LOGIT_ERROR, LogitErrorSettings, logit_error_term
 from flaxcompress.train.objectives.terms.logits import LOGITS, LogitsSettings, logits_term
 from flaxcompress.train.objectives.terms.relations import RELATIONS, RelationSettings, relation_term
 
-TERMS: tuple[DistillTerm, ...] = (COSINE, HIDDEN, LOGITS, LOGIT_ERROR, RELATIONS)
+TERMS: tuple[DistillTerm, ...] = (COSINE, HIDDEN, LOGITS, LOGIT_ERROR, RELATIONS, ATTENTION, EMBEDDINGS, HARD)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(CosineSettings, HiddenSettings, LogitsSettings, LogitErrorSettings, RelationSettings, LayerSettings):
+class Settings(
+    CosineSettings,
+    HiddenSettings,
+    LogitsSettings,
+    LogitErrorSettings,
+    RelationSettings,
+    AttentionSettings,
+    EmbeddingSettings,
+    HardSettings,
+    LayerSettings,
+):
     """All settings of all terms; each is described where its term is."""
 
 
@@ -49,6 +62,7 @@ __all__ = [
     "DistillTerm",
     "Pair",
     "Settings",
+    "attention_term",
     "check_layers",
     "check_settings",
     "cosine_term",
