@@ -47,7 +47,7 @@ from flaxcompress.terms import Terms
 from flaxcompress.text import Assets, Pooling
 from flaxcompress.train import Classification, Distill, MaskedLM, NextToken, Optimizer, fit
 from flaxcompress.train.mesh import make_mesh
-from flaxcompress.tuning import merged, with_adapters, with_lora, without_lora
+from flaxcompress.tuning import merged, with_adapters, with_lora, with_prefix, without_lora
 
 __version__ = "0.1.0"
 
@@ -116,5 +116,6 @@ __all__ = [
     "with_head",
     "with_lexicon",
     "with_lora",
+    "with_prefix",
     "without_lora",
 ]

@@ -17,7 +17,7 @@ from flaxcompress.compress import Context
 from flaxcompress.config import Adapters
 from flaxcompress.data.batches import StepBatches
 from flaxcompress.train.trainable import partition
-from flaxcompress.tuning import Biases, Bottleneck, Tuning, bottleneck
+from flaxcompress.tuning import Biases, Bottleneck, Prefix, Tuning, bottleneck
 
 EPS = float(np.finfo(np.float32).eps)
 KEY = jax.random.key(0)
@@ -125,7 +125,8 @@ def batches():
     return StepBatches(lambda n: {"input_ids": IDS, "attention_mask": np.ones(IDS.shape, bool), "labels": labels})
 
 
-KINDS = {"adapters": Bottleneck(width=3), "biases": Biases()}
+KINDS = {"adapters": Bottleneck(width=3), "biases": Biases(), "prefix": Prefix(length=3)}
+TUNED = {"adapters": "_adapter/", "biases": "bias", "prefix": "/prefix/"}  # a part of the addresses
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -140,7 +141,7 @@ def test_training_moves_what_is_tuned_and_nothing_else(name):
     made = fc.fit(start, fc.Classification(dropout=False), batches(), watch=watch, **options)
     assert losses[-1] < 0.2 * losses[0]
     before, after = (tree.flatten(m.params) for m in (start, made))
-    tuned = {a for a in before if "_adapter/" in a} if name == "adapters" else {a for a in before if a.endswith("bias")}
+    tuned = {a for a in before if TUNED[name] in a}
     tuned = {a for a in tuned if tree.place(a)} | {a for a in before if a.startswith("head/")}
     for address, node in before.items():
         same = bool((np.asarray(node) == np.asarray(after[address])).all())

@@ -360,7 +360,7 @@ def change(folder, **settings):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"peft_type": "PREFIX_TUNING"}, "adapters of kind 'PREFIX_TUNING' are not read"),
+        ({"peft_type": "P_TUNING"}, "adapters of kind 'P_TUNING' are not read"),
         ({"use_dora": True}, "use_dora True is not supported, only False"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported, .* the base was changed"),

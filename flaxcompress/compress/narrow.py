@@ -45,8 +45,8 @@ def narrower(
 
 
 def check_plain(config: ModelConfig, where: str, **refused: bool) -> None:
-    """Raises ValueError for what the joint methods do not cover: {reason: whether it holds}, and deltas."""
-    for reason, holds in {"deltas": config.deltas is not None, **refused}.items():
+    """Raises ValueError for what the joint methods do not cover: {reason: whether it holds}, deltas and a prefix."""
+    for reason, holds in {"deltas": config.deltas is not None, "a_prefix": config.prefix_length > 0, **refused}.items():
         if holds:
             raise ValueError(f"{where}: does not cover models with {reason.replace('_', ' ')}; leave the step out")
 

@@ -69,7 +69,7 @@ class Trim(LayerStep):
         node = None
         if isinstance(self.positions, int):
             if address == "embedding/position":
-                node = materialize(weights[address])[: self.positions + config.position_offset]
+                node = materialize(weights[address])[: self.positions + config.prefix_length + config.position_offset]
             elif re.fullmatch(_PROJECTIONS, address):
                 node = materialize(weights[address])[: self.positions]
         if self.dtype is not None and any(re.fullmatch(p, address) for p in _SMALL):

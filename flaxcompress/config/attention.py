@@ -66,6 +66,7 @@ class Latent(AttentionKind):
         "query_key_norm": (False,),
         "query_key_width": (None,),
         "projection_kernel": (0,),
+        "prefix_length": (0,),
     }
 
     query_rank: int | None = None
@@ -96,7 +97,10 @@ class Latent(AttentionKind):
             )
 
 
-_WHOLE_SEQUENCE: dict[str, tuple[Any, ...]] = {"causal": (False,), "window": (0,), "relative_buckets": (0,)}
+_WHOLE_SEQUENCE: dict[str, tuple[Any, ...]] = {
+    **{"causal": (False,), "window": (0,), "relative_buckets": (0,)},
+    "prefix_length": (0,),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,8 @@ class ModelConfig:
       query_key_width: r, the width of a head's query and key where it is not d, that of its value; None: d.
       projection_kernel: queries, keys and values are projected from depthwise convolutions over the sequence of this
         width, each with its own (CvT, Wu et al. 2021); centred, or, in causal models, ending at the token. 0: none.
+      prefix_length: P, trained keys and values in front of those of a layer's tokens (prefix tuning, Li & Liang 2021),
+        whose positions begin at P. 0: none.
       feed_forward_kernel: the same for what the feed-forward's up and gate maps read, one for both.
       attention_bias, output_bias, feed_forward_bias, norm_bias, head_bias: whether the projections of queries, keys and
         values, that of the attention's output, the feed-forward maps, the norms, and the head's transform have biases.
@@ -137,6 +139,7 @@ class ModelConfig:
     attention: AttentionKind | None = None
     query_key_width: int | None = None  # r
     projection_kernel: int = 0
+    prefix_length: int = 0  # P
     feed_forward_kernel: int = 0
     feed_forward_width: int | tuple[int, ...]  # F
     positions: int = 512
@@ -206,7 +209,7 @@ class ModelConfig:
             if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
                 raise ValueError(f"config: {field.name} must be of type {field.type}, got {value!r}")
         counts = ("segments", "position_offset", "relative_buckets", "window", "classes", "vocabulary")
-        for name in (*counts, "projection_kernel", "feed_forward_kernel"):
+        for name in (*counts, "projection_kernel", "feed_forward_kernel", "prefix_length"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
         if self.embedding_width is not None and self.embedding_width < 1:

@@ -118,6 +118,9 @@ class Attention:
         if c["query_key_norm"]:
             net.add_norm(f"{address}/query_norm", net.scored_width)
             net.add_norm(f"{address}/key_norm", net.scored_width)
+        for name, features in (("key", sizes["key"]), ("value", net.groups * net.head_width)):
+            if c["prefix_length"]:
+                net.add_vectors(f"{address}/prefix/{name}", c["prefix_length"], features)
 
     def __call__(self, net, x, address, seen, need_probabilities):
         """[B, T, D] -> [B, T, D], and the probabilities when asked for."""
@@ -129,6 +132,8 @@ class Attention:
         if seen.past is not None:
             cache, layer = seen.past
             key, value = getattr(cache, "self_attention_cache", cache).update(key, value, layer)
+        if net.structure["prefix_length"]:
+            key, value, seen = self.behind_prefix(net, key, value, address, seen)
         y, probabilities = self.mix(net, query, key, value, address, seen, need_probabilities)
         return net.linear(y.transpose(1, 2).flatten(-2), f"{address}/output"), probabilities
 
@@ -141,6 +146,15 @@ class Attention:
             inputs = {name: net.depthwise(x, f"{address}/{name}_depthwise", before) for name in names}
         widths = (net.scored_width, net.scored_width, net.head_width)
         return [split_heads(net.linear(inputs[n], f"{address}/{n}"), w) for n, w in zip(names, widths, strict=True)]
+
+    def behind_prefix(self, net, key, value, address, seen):
+        """Keys and values with the trained ones in front, and what is seen of them: all, without a bias."""
+        front, length = [], net.structure["prefix_length"]
+        for name, own in (("key", key), ("value", value)):
+            heads = split_heads(net.weight(f"{address}/prefix/{name}").to(own.dtype)[None], own.shape[-1])
+            front.append(torch.cat([heads.expand(own.shape[0], -1, -1, -1), own], 2))
+        bias = None if seen.bias is None else F.pad(seen.bias, (length, 0))
+        return *front, seen._replace(mask=F.pad(seen.mask, (length, 0), value=True), bias=bias)
 
     def mix(self, net, query, key, value, address, seen, need_probabilities):
         """What tokens take from the values, [B, H, T, d], and the probabilities when asked for."""

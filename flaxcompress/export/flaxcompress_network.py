@@ -108,7 +108,9 @@ class Network:
         if c["vocabulary"]:
             self.add_table("embedding/token", c["vocabulary"], self.narrow)
         if c["position_embedding"] == "learned":
-            self.add_table("embedding/position", c["positions"] + c["position_offset"], self.narrow)
+            self.add_table(
+                "embedding/position", c["positions"] + c["prefix_length"] + c["position_offset"], self.narrow
+            )
         if c["segments"]:
             self.add_table("embedding/segment", c["segments"], self.narrow)
         if c["embedding_norm"]:
@@ -180,7 +182,11 @@ class Network:
 
     def add_taps(self, address, width, features):
         """A depthwise convolution's weights, [k, D]."""
-        self._add(f"{address}/taps", (width, features))
+        self.add_vectors(f"{address}/taps", width, features)
+
+    def add_vectors(self, address, count, size):
+        """Several vectors, [count, size]."""
+        self._add(address, (count, size))
 
     def weight(self, address):
         """The parameter or module at an address."""
@@ -230,7 +236,7 @@ class Network:
         if c["position_embedding"] != "none":
             if c["position_offset"]:  # tokens other than padding are counted; padding has the row before theirs
                 real = ids != c["pad_token"]
-                positions = real.cumsum(1) * real + c["position_offset"] - 1
+                positions = (real.cumsum(1) + c["prefix_length"]) * real + c["position_offset"] - 1
             learned = c["position_embedding"] == "learned"
             x = x + (take(self.weight("embedding/position"), positions) if learned else self.sinusoids(positions))
         if c["segments"]:
@@ -364,6 +370,7 @@ class Network:
         mask = ids.new_ones(ids.shape[0], before + length) if mask is None else mask
         if positions is None:
             positions = torch.arange(before, before + length, device=ids.device)[None]
+        positions = positions + c["prefix_length"]
         x = self.embed(ids, segments, positions, rows, features)
         bias = self.relative_bias(length, before + length, ids.device) if c["relative_buckets"] else None
         if memory is not None:

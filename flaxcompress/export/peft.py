@@ -7,7 +7,6 @@ base_model.model.<module of the head>.weight     beside a head, which PEFT saves
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,7 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import storage, tree
-from flaxcompress.config import ModelConfig, closest
+from flaxcompress.config import closest
+from flaxcompress.export.peft_folder import (
+    CONFIG,
+    TASKS,
+    WEIGHTS,
+    head_tensors,
+    places_of,
+    read_head,
+    read_settings,
+    write_folder,
+)
+from flaxcompress.export.peft_prefix import export_prefix, load_prefix
 from flaxcompress.export.torch import check_stock, stored_address
 from flaxcompress.families import FAMILIES
 from flaxcompress.families.base import Stored
@@ -27,16 +37,7 @@ from flaxcompress.model import Model, replace_matrices
 from flaxcompress.nn.bases import is_on_basis
 from flaxcompress.tuning.lora import adapters
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_TASKS = {
-    "none": "FEATURE_EXTRACTION",
-    "sequence_classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-    "span": "QUESTION_ANS",
-    "causal_lm": "CAUSAL_LM",
-    "seq2seq_lm": "SEQ_2_SEQ_LM",
-}
 _PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")  # initializers that leave the base as it is
 # Settings of PEFT's that change what is computed, and the values at which they do not.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -51,6 +52,8 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the model's adapters, and a classifier's head, as a folder that `PeftModel.from_pretrained` loads.
 
+    A model with a prefix gives a folder of prefix tuning instead (see `export_prefix`).
+
     The folder is for the model that the adapters were made on: nothing else is in it, nor the head of a language model.
 
     Returns:
@@ -61,12 +64,16 @@ def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Pa
     the family has, or of another form than left·right.
     """
     out, found = Path(out), adapters(model)
+    if model.config.prefix_length:
+        if found:
+            raise ValueError("export: a PEFT folder has a prefix or adapters, not both; merge the adapters first")
+        return export_prefix(model, out, overwrite=overwrite)
     if not found:
-        raise ValueError("export: the model has no adapters; with_lora adds them")
+        raise ValueError("export: the model has no adapters; with_lora adds them, with_prefix a prefix")
     check_stock(model.config)
     if model.config.deltas is not None:
         raise ValueError("export: the layers add deltas to what they share, which PEFT has not; save the model instead")
-    places, tensors = _places(model.config), {}
+    places, tensors = places_of(model.config), {}
     ranks, alphas = {}, {}
     family = FAMILIES[model.config.family]
     stored = {a: a if family.shares else stored_address(model.config, a) for a in places}
@@ -85,12 +92,12 @@ def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Pa
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(left.T)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(right.T)
         ranks[module], alphas[module] = node.delta.rank, node.scale * node.delta.rank
-    saved = _head_tensors(model, places)
+    saved = head_tensors(model, places)
     tensors |= {f"{_PREFIX}{name}": value for name, value in saved.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     settings = {
         "peft_type": "LORA",
-        "task_type": _TASKS.get(model.config.head),
+        "task_type": TASKS.get(model.config.head),
         "base_model_name_or_path": model.assets.source or None,
         "r": rank,
         "lora_alpha": alpha,
@@ -105,44 +112,38 @@ def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Pa
         "use_rslora": False,
         "use_dora": False,
     }
-    with storage.new_folder(out, overwrite=overwrite) as folder:
-        storage.write_tensors(folder / WEIGHTS, tensors)
-        storage.write_files(folder, {CONFIG: json.dumps(settings, indent=2) + "\n"})
-    return out
+    return write_folder(out, settings, tensors, overwrite=overwrite)
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
-    """The model with the adapters of a PEFT folder on its kernels, and the folder's head in place of its own.
+    """The model with a PEFT folder's adapters on its kernels, or its prefix, and the folder's head in place of its own.
 
     Raises:
       FileNotFoundError: no such folder, or not one of PEFT's.
-      ValueError: another kind of adapter than LoRA, settings that are not supported, and modules or shapes that are not
-        this model's: the folder is for another base.
+      ValueError: another kind than LoRA and prefix tuning, settings that are not supported, and modules or shapes that
+        are not this model's: the folder is for another base.
     """
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"load_adapter: {folder} has no {name}; PEFT's save_pretrained writes it")
-    settings = json.loads((folder / CONFIG).read_text("utf-8"))
+    settings = read_settings(folder)
+    if settings.get("peft_type") == "PREFIX_TUNING":
+        return load_prefix(model, folder, settings)
     _check_settings(settings, folder)
-    places, flat = _places(model.config), tree.View(model.params)
+    places, flat = places_of(model.config), tree.View(model.params)
     if not FAMILIES[model.config.family].shares and model.config.unshared().sharing != model.config.sharing:
         raise ValueError(f"{folder}: has an adapter for each layer, but the layers of this model share weights")
     linear = {a: where for a, where in places.items() if a.endswith("/kernel")}
     modules = {where.name.removesuffix(".weight"): a for a, where in linear.items() if _is_linear(where)}
     others = {where.name.removesuffix(".weight") for where in linear.values() if not _is_linear(where)}
-    heads = {where.name: a for a, where in places.items() if a.startswith("head/")}
-    changes: dict[str, Any] = {}
+    head: dict[str, Any] = {}
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in storage.Tensors([folder / WEIGHTS]).items():
         plain = name.removeprefix(_PREFIX)
         lora = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", plain)
         if lora is None:
-            if plain not in heads:
-                raise ValueError(f"{folder}: {name} is no tensor of this model's head ({model.config.head})")
-            changes[heads[plain]] = jnp.asarray(places[heads[plain]].read(np.asarray(tensor, np.float32)))
+            head[plain] = tensor
         else:
             pairs.setdefault(lora[1], {})[lora[2]] = np.asarray(tensor, np.float32)
+    changes: dict[str, Any] = dict(read_head(model, places, head, folder))
     for module, pair in pairs.items():
         if module in others:
             raise ValueError(
@@ -152,9 +153,6 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         if module not in modules:
             raise ValueError(f"{folder}: made for another model: this one has no {module}; {closest(module, modules)}")
         changes[modules[module]] = _adapted(flat[modules[module]], module, pair, settings, folder)
-    for address, node in changes.items():
-        if tuple(node.shape) != tuple(flat[address].shape):
-            raise ValueError(f"{folder}: {address} is {list(node.shape)} there, and {list(flat[address].shape)} here")
     return replace_matrices(model, changes)
 
 
@@ -187,22 +185,11 @@ def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
 
 def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
     if (kind := settings.get("peft_type")) != "LORA":
-        raise ValueError(f"{folder}: adapters of kind {kind!r} are not read; LORA is")
+        raise ValueError(f"{folder}: adapters of kind {kind!r} are not read; LORA and PREFIX_TUNING are")
     for name, allowed in _SUPPORTED.items():
         if (value := settings.get(name, allowed[0])) not in allowed:
             hint = "the base was changed beside the adapter" if name == "init_lora_weights" else "merge it in PEFT"
             raise ValueError(f"{folder}: {name} {value!r} is not supported, only {allowed[0]!r}; {hint}")
-
-
-def _places(config: ModelConfig) -> dict[str, Stored]:
-    """{address: where stock transformers keeps it}, with the prefix that a head brings along."""
-    if config.patches is not None:
-        raise ValueError("PEFT: the modules of image models have other names in transformers 5 than their tensors")
-    family = FAMILIES[config.family]
-    prefix = family.prefix(config.head) if config.head != "none" else ""
-    config = config.replace(formats=())
-    names = family.names(config if family.shares else config.unshared())
-    return {a: w if a.startswith("head/") else w._replace(name=prefix + w.name) for a, w in names.items()}
 
 
 def _is_linear(where: Stored) -> bool:
@@ -218,15 +205,3 @@ def _module(places: Mapping[str, Stored], address: str) -> str:
             "model instead"
         )
     return where.name.removesuffix(".weight")
-
-
-def _head_tensors(model: Model, places: Mapping[str, Stored]) -> dict[str, np.ndarray]:
-    """The head's tensors, for heads that PEFT saves; that of a language model stays with the base."""
-    if model.config.head not in ("sequence_classification", "token_classification", "span"):
-        return {}
-    flat, found = tree.View(model.params), {}
-    for address, where in places.items():
-        if address.startswith("head/"):
-            array = np.asarray(materialize(flat[address]), np.float32)
-            found[where.name] = np.ascontiguousarray(array.T if where.transposed else array)
-    return found

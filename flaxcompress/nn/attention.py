@@ -14,6 +14,7 @@ from flaxcompress.nn.context import Context
 from flaxcompress.nn.depthwise import Depthwise, lead
 from flaxcompress.nn.linear import Linear, project_together
 from flaxcompress.nn.logical import constrain
+from flaxcompress.nn.prefix import Prefix
 from flaxcompress.ops import attend_values, attention_probabilities, dot_product_attention, rotate
 
 PROJECTIONS = "projections"  # the collection in which a forward pass keeps queries, keys and values
@@ -69,6 +70,8 @@ class Core(nn.Module):
 class Attention(nn.Module):
     """[B, T, D] -> [B, T, D], the probabilities [B, H, T, S] when asked for, and the cache with the tokens stored.
 
+    A prefix stands before the keys of the sequence, in the probabilities too: [B, H, T, P + S].
+
     Vaswani et al. 2017, §3.2; K heads of keys and values serve H query heads (Ainslie et al. 2023).
     """
 
@@ -89,7 +92,7 @@ class Attention(nn.Module):
     @staticmethod
     def core_flops(config: ModelConfig, length: int) -> float:
         """Operations per token and layer beside the linear maps, at `length` tokens."""
-        return 2.0 * length * config.heads * (config.query_key_dim + config.head_dim)
+        return 2.0 * (config.prefix_length + length) * config.heads * (config.query_key_dim + config.head_dim)
 
     def setup(self):
         config, address = self.config, self.address
@@ -105,6 +108,8 @@ class Attention(nn.Module):
         if config.query_key_norm:
             self.query_norm = Norm(config, f"{address}/query_norm")
             self.key_norm = Norm(config, f"{address}/key_norm")
+        if config.prefix_length:
+            self.prefix = Prefix(config, f"{address}/prefix")
         self.core = Core(config)
 
     def __call__(
@@ -128,6 +133,8 @@ class Attention(nn.Module):
         if cache is not None:
             seen, cache = cache.extend({"key": key, "value": value}, ring=is_ring(config))
             key, value = seen["key"], seen["value"]
+        if config.prefix_length:
+            key, value, context = self.prefix(key, value, context)
         need = {"deterministic": deterministic, "need_probabilities": need_probabilities}
         y, probabilities = self.mix(query, key, value, context, **need)
         return self.output(y.reshape(*y.shape[:-2], -1)), probabilities, cache

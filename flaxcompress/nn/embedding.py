@@ -47,7 +47,7 @@ class Embedding(nn.Module):
         if config.vocabulary:
             self.token = table("token", config.vocabulary)
         if config.position_embedding == "learned":
-            self.position = table("position", config.positions + config.position_offset)
+            self.position = table("position", config.positions + config.prefix_length + config.position_offset)
         self.segment = table("segment", config.segments) if config.segments else None
         self.norm = Norm(config, f"{self.prefix}embedding/norm", self.dtype) if config.embedding_norm else None
         self.lexicon = None if config.lexicon is None else LexiconFusion(config)
@@ -70,7 +70,7 @@ class Embedding(nn.Module):
         features: Integer[Array, "B T"] | None = None,
         first: Integer[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """`positions` are 0, 1, 2, … when not given; `features` (see `Lexicon`) 0.
+        """`positions` are 0, 1, 2, … behind a prefix when not given; `features` (see `Lexicon`) 0.
 
         `first` is where in its row a token's document begins, where there are several.
         """
@@ -78,13 +78,13 @@ class Embedding(nn.Module):
         x = take(self.used("token"), ids) if vectors is None else vectors
         x = x if config.embedding_scale == 1.0 else x * config.embedding_scale
         if config.position_embedding != "none":
-            places = jnp.arange(ids.shape[1]) if positions is None else positions
+            places = config.prefix_length + jnp.arange(ids.shape[1]) if positions is None else positions
             if config.position_offset:
                 real = ids != config.pad_token
                 count = jnp.cumsum(real, axis=1)
                 if first is not None:
                     count = count - jnp.take_along_axis(count - real, first, axis=1)
-                places = jnp.where(real, count, 0) + config.position_offset - 1
+                places = jnp.where(real, count + config.prefix_length, 0) + config.position_offset - 1
             learned = config.position_embedding == "learned"
             x = x + (take(self.used("position"), places) if learned else sinusoids(places, config.table_width))
         if self.segment is not None:

@@ -50,6 +50,7 @@ _MAPS: dict[str, tuple[str | None, str | None]] = {
     "up": ("embed", "mlp"),
     "gate": ("embed", "mlp"),
     "down": ("mlp", "embed"),
+    "prefix": (None, "kv_heads"),
 }
 _ELSEWHERE: tuple[tuple[str, tuple[str | None, str | None]], ...] = (
     (r"embedding/token", ("vocab", "embed")),

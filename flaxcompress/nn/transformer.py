@@ -202,7 +202,7 @@ class Transformer(nn.Module):
         has its keys and values.
 
         Positions count the tokens that are not padding where there is a cache, and all tokens where there is none; in
-        packed rows those of the document.
+        packed rows those of the document. They begin at P behind a prefix.
         """
         config = self.config
         if config.patches is not None:
@@ -221,6 +221,7 @@ class Transformer(nn.Module):
             positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1) - 1, 0)
             slots, queries = slots_of(cache, length), cache.length + jnp.arange(length)
             real, places, after = seen(cache, config, mask, slots)
+        positions = None if positions is None else positions + config.prefix_length
         more = {"deterministic": deterministic, "vectors": vectors, "features": features}
         x = self.embedding(ids, segments, positions=positions, first=first, **more)
         x = constrain(x, "batch", "length", None)
@@ -231,7 +232,7 @@ class Transformer(nn.Module):
             near = both(real, sight(queries, places, causal=config.causal, window=config.window))
         turned = {}
         if config.rotary is not None:
-            positions = jnp.arange(length)[None] if positions is None else positions
+            positions = config.prefix_length + jnp.arange(length)[None] if positions is None else positions
             for name, local in (("rotation", False), ("local_rotation", True)):
                 frequency = frequencies(config.rotary, config.rotary_dim, local=local)
                 turned[name] = rotation(positions, frequency, config.rotary.magnitude)

@@ -21,7 +21,8 @@ class ModelSettings:
         low_rank may have keep, a share of a matrix's values, in place of rank.
       head: the model's head; None: the task's, or the one that a loaded model has for the task.
       classes: C, of a classifier.
-      tuning: what is put on a loaded model, and trained alone with the head: lora, adapters, biases (see `tuning`).
+      tuning: what is put on a loaded model, and trained alone with the head: lora, adapters, biases, prefix (see
+        `tuning`).
     """
 
     load: str | None = None

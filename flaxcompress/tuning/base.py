@@ -31,7 +31,10 @@ class Tuning:
         raise NotImplementedError(f"{type(self).__name__}.trainable")
 
     def __call__(self, model: Model, *, key: jax.Array) -> Model:
-        """The model with what is trained put on it; it computes the same. Raises ValueError where that cannot be."""
+        """The model with what is trained put on it; it computes the same, unless the kind says otherwise.
+
+        Raises ValueError where that cannot be.
+        """
         raise NotImplementedError(f"{type(self).__name__}.__call__")
 
     @classmethod
