@@ -13,7 +13,8 @@ from flaxcompress.compress.rounding import gptq, round_banded, round_rows
 from flaxcompress.formats import BandedSpec, QuantizedSpec
 from flaxcompress.formats.banded import GAUSSIAN_LOSS, GAUSSIAN_STEP
 from flaxcompress.formats.codebook import NF4, FP8Spec, NF4Spec
-from flaxcompress.formats.quantized import spread_scale, top_level
+from flaxcompress.formats.quantized import top_level
+from flaxcompress.formats.scaled import spread_scale
 
 ROWS, N = 24, 40
 SPECS = {

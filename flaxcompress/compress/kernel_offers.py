@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from flaxcompress import linalg
 from flaxcompress.compress.rounding import gptq, round_rows
 from flaxcompress.formats import QuantizedSpec, break_even_rank
-from flaxcompress.formats.quantized import spread_scale
+from flaxcompress.formats.scaled import spread_scale
 
 _NAME = 230  # bytes of the file's header that a tensor takes at most: name, shape, place, checksum
 _QUARTER = 0.25  # what one bit more leaves of the squared error

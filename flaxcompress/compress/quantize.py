@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flaxcompress import tree
 from flaxcompress.compress.choices import choose
 from flaxcompress.compress.layer_step import Changes, LayerStep, unfinished, walked
-from flaxcompress.compress.rounding import IntegerOrCoded, gptq, round_rows
+from flaxcompress.compress.rounding import gptq, round_rows
 from flaxcompress.compress.sensitivity import kernel_sensitivities, spec_bytes, spend
 from flaxcompress.compress.step import Context, register_step
 from flaxcompress.compress.walk import walked_kernels
@@ -28,6 +28,7 @@ from flaxcompress.formats import (
     NF4Spec,
     QuantizedSpec,
     RowFormat,
+    ScaledSpec,
     map_parts,
     materialize,
 )
@@ -42,7 +43,7 @@ _TABLES = ("embedding/token", "embedding/position", "embedding/segment")
 
 def compress_matrix(
     weight: Any,
-    spec: IntegerOrCoded,
+    spec: ScaledSpec,
     *,
     table: bool,
     rounding: Rounding = "mse",
@@ -111,7 +112,7 @@ class Quantize(LayerStep):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     sentences: int = 768
 
-    def spec_for(self, address: str) -> IntegerOrCoded:
+    def spec_for(self, address: str) -> ScaledSpec:
         """The format that the matrix at `address` gets."""
         if self.numbers != "int":
             return _CODED[self.numbers](group=self.group, scale_dtype=self.scale_dtype)
@@ -237,7 +238,7 @@ class Quantize(LayerStep):
         for group in list(alone):
             yield group, rounded(group)
 
-    def _alone(self, node: Any, spec: IntegerOrCoded, *, table: bool) -> Any:
+    def _alone(self, node: Any, spec: ScaledSpec, *, table: bool) -> Any:
         """Quantizes the dense parts of one matrix by themselves; what is quantized already stays."""
         kind: Rounding = "nearest" if self.rounding == "nearest" else "mse"
 
@@ -246,7 +247,7 @@ class Quantize(LayerStep):
 
         return map_parts(node, change, table=table)
 
-    def _with_moments(self, node: Any, spec: IntegerOrCoded, moments: Any) -> Any:
+    def _with_moments(self, node: Any, spec: ScaledSpec, moments: Any) -> Any:
         """Quantizes one kernel by GPTQ; of a low-rank one the factors in turn."""
         if isinstance(node, LowRank):
             left = self._with_moments(node.left, spec, moments)
@@ -262,7 +263,7 @@ def _behind(left: Any, moments: Any) -> Any:
     return inner.T @ jnp.asarray(moments) @ inner
 
 
-def _planned(node: Any, spec: IntegerOrCoded, *, table: bool) -> Any:
+def _planned(node: Any, spec: ScaledSpec, *, table: bool) -> Any:
     """The abstract node of a matrix whose dense parts are quantized."""
 
     def change(part: Any, is_table: bool) -> Any:
@@ -272,6 +273,6 @@ def _planned(node: Any, spec: IntegerOrCoded, *, table: bool) -> Any:
 
 
 @functools.cache
-def _abstract(spec: IntegerOrCoded, shape: tuple[int, int], table: bool) -> Any:
+def _abstract(spec: ScaledSpec, shape: tuple[int, int], table: bool) -> Any:
     zeros = jax.nn.initializers.zeros
     return jax.eval_shape(lambda key: spec.init(key, shape, zeros, table=table), jax.random.key(0))

@@ -13,26 +13,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flaxcompress.formats.banded import BandedSpec, band_levels, column_steps, column_tops
-from flaxcompress.formats.codebook import CodebookSpec
-from flaxcompress.formats.quantized import (
-    QuantizedSpec,
-    absmax_scale,
-    grouped,
-    safe_ratio,
-    spread_scale,
-)
+from flaxcompress.formats.scaled import ScaledSpec, absmax_scale, grouped, safe_ratio, spread_scale
 
-IntegerOrCoded = QuantizedSpec | CodebookSpec
 _SHRINK = 24  # candidates for a group's scale, from 0.3 to 1.05 of the largest value's
 
 
-def _best_scale(groups: Float[Array, "r G g"], weights: Float[Array, "*r G g"], spec: IntegerOrCoded):
+def _best_scale(groups: Float[Array, "r G g"], weights: Float[Array, "*r G g"], spec: ScaledSpec):
     """Each group's scale of least weighted squared error, rounded to the stored dtype."""
     full = jnp.abs(groups).max(-1) / spec.top
 
     def error(factor):
         scale = (full * factor).astype(spec.scale_dtype).astype(jnp.float32)
-        back = spec.nearest(safe_ratio(groups, scale[..., None]), spec.bits) * scale[..., None]
+        back = spec.round(safe_ratio(groups, scale[..., None])) * scale[..., None]
         return (weights * (groups - back) ** 2).sum(-1), scale
 
     errors, scales = jax.lax.map(error, jnp.linspace(0.3, 1.05, _SHRINK))
@@ -42,7 +34,7 @@ def _best_scale(groups: Float[Array, "r G g"], weights: Float[Array, "*r G g"], 
 @functools.partial(jax.jit, static_argnames=("spec", "rounding"))
 def round_rows(
     rows: Float[Array, "r n"],
-    spec: IntegerOrCoded,
+    spec: ScaledSpec,
     *,
     rounding: str = "mse",
     weights: Float[Array, " n"] | None = None,
@@ -60,7 +52,7 @@ def round_rows(
         groups = grouped(rows, spec.group)
         importance = jnp.ones_like(rows[:1]) if weights is None else weights[None].astype(jnp.float32)
         scale = _best_scale(groups, grouped(importance, spec.group), spec)
-    return spec.nearest(safe_ratio(rows, spread_scale(scale, rows.shape[-1], spec.group)), spec.bits), scale
+    return spec.round(safe_ratio(rows, spread_scale(scale, rows.shape[-1], spec.group))), scale
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
@@ -102,7 +94,7 @@ def inverse_factor(second_moment: Float[Array, "n n"], size: int, damping: float
 def gptq(
     rows: Float[Array, "r n"],
     second_moment: Float[Array, "n n"],
-    spec: IntegerOrCoded,
+    spec: ScaledSpec,
     *,
     damping: float = 0.01,
 ) -> tuple[Float[Array, "r n"], Float[Array, "r G"]]:
@@ -139,7 +131,7 @@ def gptq(
         def one_column(i, carry):
             part, levels, errors = carry
             column = part[:, i]
-            level = spec.nearest(safe_ratio(column, scale), spec.bits)
+            level = spec.round(safe_ratio(column, scale))
             error = (column - level * scale) / mixing[i, i]
             part = part - error[:, None] * jnp.where(jnp.arange(block) > i, mixing[i], 0.0)
             return part, levels.at[:, i].set(level), errors.at[:, i].set(error)

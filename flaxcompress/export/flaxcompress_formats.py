@@ -143,41 +143,19 @@ class Rows(nn.Module):
         return self.decode(F.embedding(ids, self.values), F.embedding(ids, self.scale))  # type: ignore
 
 
-class Quantized(Rows):
-    """w = level·scale, one scale per group of neighbours in a row; 8 bits are int8 levels, fewer are packed codes."""
+class Scaled(Rows):
+    """w = level·scale, one scale per group of neighbours in a row."""
 
-    def __init__(self, spec, shape, table):
-        bits, group = spec.get("bits", 8), spec.get("group")
-        rows, columns = shape if table else shape[::-1]
-        groups = -(-columns // group) if group else 1
-        integer = torch.int8 if bits == 8 else torch.uint8
-        super().__init__(spec, table, rows, packed_width(columns, bits), groups, integer)
-        self.bits, self.group, self.columns = bits, group, columns
-
-    def decode(self, values, scale):
-        scale = scale.float()
-        if self.group:
-            scale = scale.repeat_interleave(self.group, -1)[..., : self.columns]
-        if self.bits == 8:
-            return values.float() * scale
-        return (unpack(values, self.bits, self.columns).float() - OFFSET[self.bits]) * scale
-
-
-class Coded(Rows):
-    """w = level·scale, one scale per group of neighbours in a row; levels are not evenly apart."""
-
-    BITS = 8
-
-    def __init__(self, spec, shape, table):
+    def __init__(self, spec, shape, table, bits, dtype=torch.uint8):
         rows, columns = shape if table else shape[::-1]
         group = spec.get("group")
         groups = -(-columns // group) if group else 1
-        super().__init__(spec, table, rows, packed_width(columns, self.BITS), groups)
+        super().__init__(spec, table, rows, packed_width(columns, bits), groups, dtype)
         self.group, self.columns = group, columns
 
     def levels(self, values):
-        """The levels of bytes."""
-        return values.view(torch.float8_e4m3fn).float()
+        """The levels of stored values."""
+        raise NotImplementedError(f"{type(self).__name__}.levels")
 
     def decode(self, values, scale):
         scale = scale.float()
@@ -186,16 +164,42 @@ class Coded(Rows):
         return self.levels(values) * scale
 
 
-class NF4(Coded):
+class Quantized(Scaled):
+    """Integers: 8 bits are int8 levels, fewer are packed codes."""
+
+    def __init__(self, spec, shape, table):
+        bits = spec.get("bits", 8)
+        super().__init__(spec, shape, table, bits, torch.int8 if bits == 8 else torch.uint8)
+        self.bits = bits
+
+    def levels(self, values):
+        if self.bits == 8:
+            return values.float()
+        return unpack(values, self.bits, self.columns).float() - OFFSET[self.bits]
+
+
+class FP8(Scaled):
+    """Floating point in 8 bits, e4m3: the bits of each number."""
+
+    def __init__(self, spec, shape, table):
+        super().__init__(spec, shape, table, 8)
+
+    def levels(self, values):
+        return values.view(torch.float8_e4m3fn).float()
+
+
+class NF4(Scaled):
     """NormalFloat in 4 bits: 16 quantiles of a normal distribution."""
 
-    BITS = 4
     LEVELS = (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
         *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     )
+
+    def __init__(self, spec, shape, table):
+        super().__init__(spec, shape, table, 4)
 
     def levels(self, values):
         return torch.tensor(self.LEVELS, device=values.device)[unpack(values, 4, self.columns).long()]
@@ -558,7 +562,7 @@ KINDS = {
     "adapted": Adapted,
     "quantized": Quantized,
     "nf4": NF4,
-    "fp8": Coded,
+    "fp8": FP8,
     "banded": Banded,
     "bucketed": Bucketed,
     "sparse": Sparse,

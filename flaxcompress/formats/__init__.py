@@ -34,6 +34,7 @@ from flaxcompress.formats.low_rank import LowRank, LowRankSpec, break_even_rank,
 from flaxcompress.formats.masked import Masked, MaskedRows, MaskedSpec, unpacked
 from flaxcompress.formats.quantized import Quantized, QuantizedSpec
 from flaxcompress.formats.rows import RowFormat, RowSpec, TrainingForm
+from flaxcompress.formats.scaled import ScaledRows, ScaledSpec
 from flaxcompress.formats.semi_structured import SemiStructured, SemiStructuredSpec
 from flaxcompress.formats.sparse import Sparse, SparseSpec
 from flaxcompress.formats.tensor_train import TensorTrain, TensorTrainSpec
@@ -68,6 +69,8 @@ __all__ = [
     "QuantizedSpec",
     "RowFormat",
     "RowSpec",
+    "ScaledRows",
+    "ScaledSpec",
     "SemiStructured",
     "SemiStructuredSpec",
     "Sparse",

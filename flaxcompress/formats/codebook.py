@@ -16,13 +16,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from flaxcompress.formats.base import check_dtype, register
-from flaxcompress.formats.quantized import absmax_scale, group_count, safe_ratio, spread_scale
-from flaxcompress.formats.rows import Interval, Levels, RowFormat, RowSpec
-from flaxcompress.ops import pack, packed_width, unpack
+from flaxcompress.formats.base import register
+from flaxcompress.formats.rows import Interval, Levels
+from flaxcompress.formats.scaled import ScaledRows, ScaledSpec
+from flaxcompress.ops import pack, unpack
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -35,8 +34,8 @@ _INSIDE = 0.98  # of the way to where rounding changes, for latents that start b
 
 
 @flax.struct.dataclass
-class Coded(RowFormat):
-    """`values` [rows, bytes] and `scale` [rows, groups]; `transposed` when the matrix is rowsᵀ (a kernel)."""
+class Coded(ScaledRows):
+    """Codes of a codebook's levels, `values` [rows, bytes], and `scale` [rows, groups]."""
 
     values: Any
     scale: Any
@@ -45,46 +44,21 @@ class Coded(RowFormat):
     transposed: bool = flax.struct.field(pytree_node=False)
 
     @property
-    def shape(self):
-        rows = self.values.shape[-2]
-        return (self.columns, rows) if self.transposed else (rows, self.columns)
+    def group(self):
+        return self.target.group
 
-    def axes(self, rows, columns):
-        stored, along = self.stored_axes(rows, columns)
-        return dataclasses.replace(self, values=PartitionSpec(stored, along), scale=PartitionSpec(stored, None))
+    def stored_levels(self, values):
+        return self.target.decode(values, self.columns)
 
     def spec(self):
         return dataclasses.replace(self.target, scale_dtype=str(self.scale.dtype))
 
-    def _decode(self, values: Any, scale: Any) -> Any:
-        levels = self.target.decode(values, self.columns)
-        return levels * spread_scale(scale.astype(jnp.float32), self.columns, self.target.group)
-
-    def rows(self):
-        return self._decode(self.values, self.scale)
-
-    def take_rows(self, ids):
-        return self._decode(*(jnp.take(part, ids, axis=0, mode="clip") for part in (self.values, self.scale)))
-
-    def chosen(self, ids):
-        return dataclasses.replace(self, values=self.values[ids], scale=self.scale[ids])
-
-    def stored_values(self):
-        return self.values.shape[-2] * self.columns + int(np.prod(self.scale.shape))
-
 
 @dataclasses.dataclass(frozen=True)
-class CodebookSpec(RowSpec):
-    """Values per scale (`group`, None for the whole row), and the scales' dtype."""
+class CodebookSpec(ScaledSpec):
+    """Levels that are not evenly apart."""
 
     bits: ClassVar[int]
-    top: ClassVar[float]
-    group: int | None = None
-
-    def __post_init__(self):
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
-            raise ValueError(f"{self.kind} format: group must be a positive integer or null, got {self.group!r}")
-        check_dtype(self.scale_dtype, f"{self.kind} format: scale_dtype")
 
     def encode(self, levels: Float[Array, "r n"]) -> Any:
         """The bytes of levels [r, p]."""
@@ -94,29 +68,18 @@ class CodebookSpec(RowSpec):
         """The levels, float32."""
         raise NotImplementedError(f"{type(self).__name__}.decode")
 
+    @property
+    def value_bits(self):
+        return self.bits
+
     def levels(self, bits):
         del bits
         return Levels(np.float32(1.0), np.float32(self.top), np.float32(0.0))
-
-    def spread(self, scale, columns):
-        return spread_scale(scale, columns, self.group)
 
     def pack(self, levels, scale, *, transposed):
         values, scale = self.encode(levels), scale.astype(self.scale_dtype)
         columns = levels.shape[-1]
         return Coded(values=values, scale=scale, columns=columns, target=self, transposed=transposed)
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of one stored row."""
-        scale_bytes = 4 if self.scale_dtype == "float32" else 2
-        return packed_width(columns, self.bits) + scale_bytes * group_count(columns, self.group)
-
-    def init(self, key, shape, initializer, *, table):
-        dense = initializer(key, shape, jnp.float32)
-        rows = dense if table else dense.T
-        scale = absmax_scale(rows, self)
-        levels = self.nearest(safe_ratio(rows, self.spread(scale, rows.shape[-1])), self.bits)
-        return self.pack(levels, scale, transposed=not table)
 
 
 @register
@@ -126,7 +89,10 @@ class NF4Spec(CodebookSpec):
 
     kind: ClassVar[str] = "nf4"
     bits: ClassVar[int] = 4
-    top: ClassVar[float] = 1.0
+
+    @property
+    def top(self):
+        return 1.0
 
     def nearest(self, x, bits):
         return jnp.asarray(NF4, jnp.float32)[self._codes(x)]
@@ -155,7 +121,10 @@ class FP8Spec(CodebookSpec):
 
     kind: ClassVar[str] = "fp8"
     bits: ClassVar[int] = 8
-    top: ClassVar[float] = 448.0
+
+    @property
+    def top(self):
+        return 448.0
 
     def nearest(self, x, bits):
         return jnp.clip(x, -self.top, self.top).astype(_FLOAT8).astype(jnp.float32)

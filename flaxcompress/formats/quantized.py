@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
-from flaxcompress.formats.base import check_dtype, register
-from flaxcompress.formats.rows import Levels, RowFormat, RowSpec
-from flaxcompress.ops import on_host, pack, packed_width, unpack
+from flaxcompress.formats.base import register
+from flaxcompress.formats.rows import Levels
+from flaxcompress.formats.scaled import ScaledRows, ScaledSpec
+from flaxcompress.ops import on_host, pack, unpack
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -41,38 +41,9 @@ def top_level(bits: int) -> float:
     return {8: 127.0, 6: 31.0, 5: 15.0, 4: 7.0, 3: 3.5, 2: 1.5}[bits]
 
 
-def nearest_level(x: Float[Array, "*B"], bits: int) -> Float[Array, "*B"]:
-    """The nearest level to x, clipped to the range."""
-    top = top_level(bits)
-    shift = 0.0 if bits >= 4 else 0.5
-    return jnp.clip(jnp.round(x - shift) + shift, -top, top)
-
-
-def group_count(columns: int, group: int | None) -> int:
-    """Groups per row of `columns` values."""
-    return 1 if group is None else -(-columns // group)
-
-
-def spread_scale(scale: Float[Array, "*B G"], columns: int, group: int | None) -> Float[Array, "*B n"]:
-    """One scale per value: every group's scale repeated over its columns."""
-    if group is None:
-        return jnp.broadcast_to(scale, (*scale.shape[:-1], columns))
-    spread = jnp.broadcast_to(scale[..., None], (*scale.shape, group))
-    return spread.reshape(*scale.shape[:-1], -1)[..., :columns]
-
-
-def dequantize(
-    values: Integer[Array, "*B p"], scale: Float[Array, "*B G"], *, bits: int, columns: int, group: int | None
-) -> Float[Array, "*B n"]:
-    """level(code)·scale, float32."""
-    levels = unpack(values, bits, columns) if bits < 8 else values
-    levels = levels.astype(jnp.float32) - level_offset(bits)
-    return levels * spread_scale(scale.astype(jnp.float32), columns, group)
-
-
 @flax.struct.dataclass
-class Quantized(RowFormat):
-    """`values` [rows, packed bytes] and `scale` [rows, groups]; `transposed` when the matrix is rowsᵀ (a kernel)."""
+class Quantized(ScaledRows):
+    """Integers, `values` [rows, packed bytes], and `scale` [rows, groups]."""
 
     values: Any
     scale: Any
@@ -95,53 +66,33 @@ class Quantized(RowFormat):
             transposed=not table,
         )
 
-    @property
-    def shape(self):
-        rows = self.values.shape[-2]
-        return (self.columns, rows) if self.transposed else (rows, self.columns)
-
-    def axes(self, rows, columns):
-        stored, along = self.stored_axes(rows, columns)
-        return dataclasses.replace(self, values=PartitionSpec(stored, along), scale=PartitionSpec(stored, None))
+    def stored_levels(self, values):
+        codes = unpack(values, self.bits, self.columns) if self.bits < 8 else values
+        return codes.astype(jnp.float32) - level_offset(self.bits)
 
     def spec(self):
         return QuantizedSpec(bits=self.bits, group=self.group, scale_dtype=str(self.scale.dtype))
 
-    def rows(self):
-        return dequantize(self.values, self.scale, bits=self.bits, columns=self.columns, group=self.group)
-
-    def take_rows(self, ids):
-        values = jnp.take(self.values, ids, axis=0, mode="clip")
-        scale = jnp.take(self.scale, ids, axis=0, mode="clip")
-        return dequantize(values, scale, bits=self.bits, columns=self.columns, group=self.group)
-
-    def chosen(self, ids):
-        return dataclasses.replace(self, values=self.values[ids], scale=self.scale[ids])
-
-    def stored_values(self):
-        rows, columns = self.values.shape[-2], self.columns
-        return rows * columns + int(np.prod(self.scale.shape))
-
 
 @register
 @dataclasses.dataclass(frozen=True)
-class QuantizedSpec(RowSpec):
+class QuantizedSpec(ScaledSpec):
     """`bits`, values per scale (`group`, None for the whole row), and the scales' dtype."""
 
     kind: ClassVar[str] = "quantized"
     bits: int = 8
-    group: int | None = None
 
     def __post_init__(self):
         if self.bits not in BITS:
             raise ValueError(f"quantized format: bits must be one of {BITS}, got {self.bits!r}")
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
-            raise ValueError(f"quantized format: group must be a positive integer or null, got {self.group!r}")
-        check_dtype(self.scale_dtype, "quantized format: scale_dtype")
+        super().__post_init__()
 
     @property
-    def top(self) -> float:
-        """The largest level."""
+    def value_bits(self):
+        return self.bits
+
+    @property
+    def top(self):
         return top_level(self.bits)
 
     @property
@@ -159,42 +110,5 @@ class QuantizedSpec(RowSpec):
         tops = jnp.asarray([top_level(b) for b in BITS], jnp.float32)
         return Levels(np.float32(1.0), tops[which], jnp.where(bits < 4, 0.5, 0.0).astype(jnp.float32))
 
-    def spread(self, scale, columns):
-        return spread_scale(scale, columns, self.group)
-
     def pack(self, levels, scale, *, transposed):
         return Quantized.from_levels(levels, scale, self, table=not transposed)
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of one stored row."""
-        scale_bytes = 4 if self.scale_dtype == "float32" else 2
-        return packed_width(columns, self.bits) + scale_bytes * group_count(columns, self.group)
-
-    def init(self, key, shape, initializer, *, table):
-        dense = initializer(key, shape, jnp.float32)
-        rows = dense if table else dense.T
-        scale = absmax_scale(rows, self)
-        return Quantized.from_levels(
-            nearest_level(safe_ratio(rows, spread_scale(scale, rows.shape[-1], self.group)), self.bits),
-            scale,
-            self,
-            table=table,
-        )
-
-
-def safe_ratio(x: Array, scale: Array) -> Array:
-    """x/scale, and 0 where the scale is 0 (an all-zero group)."""
-    return jnp.where(scale > 0, x / jnp.where(scale > 0, scale, 1.0), 0.0)
-
-
-def grouped(rows: Float[Array, "r n"], group: int | None) -> Float[Array, "r G g"]:
-    """Rows cut into groups, the last one padded with zeros."""
-    size = rows.shape[-1] if group is None else group
-    short = -rows.shape[-1] % size
-    return jnp.pad(rows, ((0, 0), (0, short))).reshape(rows.shape[0], -1, size)
-
-
-def absmax_scale(rows: Float[Array, "r n"], spec: Any) -> Float[Array, "r G"]:
-    """The scale at which each group's largest value meets the top level, rounded to the stored dtype."""
-    scale = jnp.abs(grouped(rows, spec.group)).max(-1) / spec.top
-    return scale.astype(spec.scale_dtype).astype(jnp.float32)
