@@ -12,6 +12,7 @@ import numpy as np
 from flaxcompress.data.plan import FILLER, Plan
 
 Batch = dict[str, np.ndarray]
+IGNORED = -100  # the label of what does not count
 
 
 class Batches(Protocol):

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flaxcompress.data.batches import Batch
+from flaxcompress.data.batches import IGNORED, Batch
 from flaxcompress.text import pad_ids
-
-IGNORED = -100
 
 Tokens = Sequence[int] | np.ndarray
 

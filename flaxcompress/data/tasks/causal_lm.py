@@ -8,7 +8,7 @@ from typing import Unpack
 
 import numpy as np
 
-from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, planned_batches
+from flaxcompress.data.batches import IGNORED, Batch, BatchOptions, PlannedBatches, Row, planned_batches
 from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.chunks import Chunks, cut_documents
 from flaxcompress.data.documents import Corpus, Source, as_corpus
@@ -16,8 +16,6 @@ from flaxcompress.data.frame import find_frame, padding_id, special_id
 from flaxcompress.data.packing import Packing
 from flaxcompress.data.token_cache import corpus_tokens
 from flaxcompress.text import Assets
-
-IGNORED = -100
 
 
 def causal_lm_batches(

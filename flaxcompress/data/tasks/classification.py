@@ -9,14 +9,12 @@ from typing import Unpack
 
 import numpy as np
 
-from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, planned_batches
+from flaxcompress.data.batches import IGNORED, Batch, BatchOptions, PlannedBatches, Row, planned_batches
 from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.frame import padding_id
 from flaxcompress.data.labelled import Labelled, read_labelled
 from flaxcompress.data.rows import Rows, RowWriter, chunked
 from flaxcompress.text import Assets, pad_ids
-
-IGNORED = -100
 
 
 def classification_batches(

@@ -9,10 +9,8 @@ from typing import Unpack
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, planned_batches
+from flaxcompress.data.batches import IGNORED, Batch, BatchOptions, PlannedBatches, Row, planned_batches
 from flaxcompress.data.images import Images, check_images
-
-IGNORED = -100
 
 
 def image_batches(

@@ -10,7 +10,7 @@ from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, planned_batches
+from flaxcompress.data.batches import IGNORED, Batch, BatchOptions, PlannedBatches, Row, planned_batches
 from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.chunks import Chunks, join_units
 from flaxcompress.data.documents import Corpus, Source, as_corpus
@@ -31,7 +31,6 @@ from flaxcompress.data.token_cache import corpus_tokens
 from flaxcompress.data.tokens import Tokens
 from flaxcompress.text import Assets
 
-IGNORED = -100
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r\f\v]*\n)+")
 
 

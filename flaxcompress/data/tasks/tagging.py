@@ -8,14 +8,12 @@ from typing import Unpack
 
 import numpy as np
 
-from flaxcompress.data.batches import Batch, BatchOptions, PlannedBatches, Row, planned_batches
+from flaxcompress.data.batches import IGNORED, Batch, BatchOptions, PlannedBatches, Row, planned_batches
 from flaxcompress.data.buckets import find_buckets, make_buckets
 from flaxcompress.data.conll import Tagged
 from flaxcompress.data.frame import padding_id
 from flaxcompress.data.words import Part, tagged_parts
 from flaxcompress.text import Assets, pad_ids
-
-IGNORED = -100
 
 
 def tagging_batches(

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flaxcompress.data.batches import IGNORED
 from flaxcompress.data.documents import Corpus
 from flaxcompress.data.frame import check_vocabulary, find_frame, whole_tokenizer
 from flaxcompress.data.rows import chunked
 from flaxcompress.encoding import bucket_length
 from flaxcompress.evaluate.tasks.task import Result
-from flaxcompress.evaluate.tasks.token_sums import IGNORED, TokenSums
+from flaxcompress.evaluate.tasks.token_sums import TokenSums
 from flaxcompress.model import Model
 from flaxcompress.progress import progress_bar
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxcompress.data.batches import IGNORED
 from flaxcompress.encoding import compute_dtype
 from flaxcompress.evaluate.tasks.task import Result
 from flaxcompress.model import Model
 from flaxcompress.nn import run
 from flaxcompress.ops import label_scores
 
-IGNORED = -100  # the label of a token that does not count
 Sums = dict[str, float]
 
 

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from flaxcompress.config import ModelConfig
+from flaxcompress.data.batches import IGNORED
 from flaxcompress.nn import run
 from flaxcompress.nn.logical import is_on_mesh
 from flaxcompress.ops import label_scores
-
-IGNORED = -100  # the label of a position that does not count
 
 
 class Term(NamedTuple):
