@@ -83,6 +83,7 @@ MATRIX_SPECS = {
     "two-of-four": n_of_m(2, 4),
     "one-of-eight-int8": n_of_m(1, 8, quantized(8)),
     "adapted": adapted(quantized(4, 16), low_rank(3, HALF, HALF), 0.5),
+    "adapted-magnitude": {**adapted(quantized(4, 16), low_rank(3), 0.5), "magnitude": True},
     "adapted-sparse": adapted(sparse(200), low_rank(2, quantized(8), quantized(8))),
 }
 TABLE_SPECS = {

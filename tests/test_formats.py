@@ -126,6 +126,7 @@ ANY = {
     "sparse-int4": sparse(300, quantized(4, 16)),
     "low_rank-sparse": low_rank(9, sparse(100), sparse(40, quantized(8))),
     "adapted": adapted(quantized(4, 16), low_rank(3), 0.5),
+    "adapted-magnitude": {**adapted(low_rank(9), low_rank(3), 0.5), "magnitude": True},
     "adapted-sparse": adapted(sparse(200), low_rank(2, quantized(8), quantized(8))),
     "nested": low_rank(7, low_rank(3, quantized(2, 2)), {"kind": "dense", "dtype": "float16"}),
 }
@@ -148,7 +149,7 @@ QUICK = {
     (name, False)
     for name in (
         *("dense", "dense-bf16", "int4-16", "low_rank-int", "tensor_train-3", "nested", "cp-3", "tucker-4"),
-        *("sparse-int4", "adapted-sparse"),
+        *("sparse-int4", "adapted-sparse", "adapted-magnitude"),
     )
 }
 QUICK |= {
@@ -192,7 +193,8 @@ def magnitude(node):
     if isinstance(node, LowRank):
         return magnitude(node.left) @ magnitude(node.right)
     if isinstance(node, Adapted):
-        return magnitude(node.base) + abs(node.scale) * magnitude(node.delta)
+        size = magnitude(node.base) + abs(node.scale) * magnitude(node.delta)
+        return size if node.magnitude is None else size * np.asarray(node.gain(), np.float64)
     if isinstance(node, Decomposed):
         sizes = jax.tree.map(lambda leaf: jnp.abs(leaf.astype(jnp.float32)), node)
         return np.asarray(materialize(sizes), np.float64)

@@ -68,7 +68,9 @@ def state(model, ids=IDS):
 # ── what it computes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("settings", [{}, {"stabilized": True}, {"pattern": KERNELS, "initializer": "pissa"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"stabilized": True}, {"pattern": KERNELS, "initializer": "pissa"}, {"dora": True}], ids=str
+)
 def test_adapters_begin_by_changing_nothing(model, settings):
     with_adapters = adapted(model, **settings)
     want = state(model)
@@ -86,14 +88,46 @@ def test_the_product_is_scaled_by_alpha_over_rank_or_its_root(model, stabilized)
     np.testing.assert_allclose(materialize(node), want, rtol=0, atol=8 * EPS * np.abs(want).max())
 
 
-def test_merging_gives_the_same_and_leaving_out_the_original(model):
-    whole = drawn(model, pattern=KERNELS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_gives_the_same_and_leaving_out_the_original(model, dora):
+    whole = drawn(model, pattern=KERNELS, dora=dora)
     merged = fc.merged(whole)
     assert not lora.adapters(merged) and merged.config.replace(formats=()) == model.config
     want = state(whole)
     assert np.abs(want - state(model)).max() > 0.01
     np.testing.assert_allclose(state(merged), want, rtol=0, atol=40 * EPS * np.abs(want).max())
     jax.tree.map(np.testing.assert_array_equal, fc.without_lora(whole).params, model.params)
+
+
+def test_dora_has_magnitudes_and_directions(model):
+    """m ⊙ V/‖V‖ by column, in float64, with m away from the norms it begins with."""
+    node = tree.View(drawn(model, dora=True).params)[QUERY]
+    start = np.linalg.norm(np.asarray(tree.View(model.params)[QUERY], np.float64), axis=0)
+    np.testing.assert_allclose(node.magnitude, start, rtol=8 * EPS)
+    left, right, base = (np.asarray(f, np.float64) for f in (node.delta.left, node.delta.right, node.base))
+    direction = base + node.scale * left @ right
+    magnitude = np.linspace(0.5, 2.0, direction.shape[1])
+    want = magnitude * direction / np.linalg.norm(direction, axis=0)
+    moved = node.replace(magnitude=jnp.asarray(magnitude, jnp.float32))
+    np.testing.assert_allclose(materialize(moved), want, rtol=0, atol=16 * EPS * np.abs(want).max())
+    for ids, axis in ((np.asarray([3, 0]), 0), (np.asarray([5, 1, 2]), 1)):
+        chosen = moved.select(ids, axis)
+        got, expected = materialize(chosen), np.take(want, ids, axis)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=16 * EPS * np.abs(want).max())
+
+
+def test_doras_norm_has_no_gradient(model):
+    """§4.3: with respect to B, ‖V‖ is a constant."""
+    node = tree.View(drawn(model, dora=True).params)[QUERY]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, node.shape[0])), jnp.float32)
+    found = jax.grad(lambda node: jnp.sum(node.matmul(x) ** 2), allow_int=True)(node)
+    y, gain = np.asarray(node.matmul(x), np.float64), np.asarray(node.gain(), np.float64)
+    want = node.scale * np.asarray(x @ node.delta.left, np.float64).T @ (2 * y * gain)
+    np.testing.assert_allclose(found.delta.right, want, rtol=0, atol=64 * EPS * np.abs(want).max())
+    norm = np.asarray(node.magnitude, np.float64) / gain
+    np.testing.assert_allclose(
+        found.magnitude, (2 * y * y / gain / norm).sum(0), rtol=0, atol=64 * EPS * np.abs(want).max() * 16
+    )
 
 
 def test_pissa_takes_the_first_components_out_of_the_kernel(model):
@@ -140,14 +174,16 @@ def trained(model, trainable, steps=3):
     return head, after
 
 
-@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
-def test_training_changes_adapters_and_head_alone(model, bits):
+@pytest.mark.parametrize(
+    "bits, dora", [pytest.param(None, False, marks=pytest.mark.slow), (4, False), pytest.param(4, True)]
+)
+def test_training_changes_adapters_and_head_alone(model, bits, dora):
     """Over integers, too: QLoRA."""
     base = model
     if bits:
         step = fc.Quantize(bits=bits, group=8, pattern=KERNELS, rounding="nearest")
         base = step(model, Context(original=model), key=jax.random.key(0))
-    before, after = trained(adapted(base), rf"{lora.TRAINABLE}|head/.*")
+    before, after = trained(adapted(base, dora=dora), rf"{lora.TRAINABLE}|head/.*")
     old, new = tree.View(before.params), tree.View(after.params)
     assert before.config == after.config
     for address in old:
@@ -157,6 +193,8 @@ def test_training_changes_adapters_and_head_alone(model, bits):
             assert isinstance(new[address].base, Quantized) == bool(bits)
             jax.tree.map(np.testing.assert_array_equal, new[address].base, old[address].base)
             assert np.abs(np.asarray(new[address].delta.right)).max() > 0
+            if dora:
+                assert np.abs(np.asarray(new[address].magnitude) - np.asarray(old[address].magnitude)).max() > 0
         else:
             jax.tree.map(np.testing.assert_array_equal, new[address], old[address])
 
@@ -172,12 +210,17 @@ def test_what_is_frozen_has_no_optimizer_state(model):
     assert sum(leaf.size for leaf in jax.tree.leaves(held)) == 2 * count + 1
 
 
-def test_a_saved_folder_has_the_adapters_beside_the_kernels(model, tmp_path):
-    whole = drawn(model)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_saved_folder_has_the_adapters_beside_the_kernels(model, dora, tmp_path):
+    whole = drawn(model, dora=dora)
     fc.save(whole, tmp_path / "adapted")
     again = fc.load(tmp_path / "adapted")
     assert again.config == whole.config
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    net = transformers.AutoModel.from_pretrained(tmp_path / "adapted", trust_remote_code=True).eval()
+    with torch.no_grad():
+        close(net(input_ids=torch.tensor(IDS)).last_hidden_state, state(whole))
 
 
 # ── PEFT's folders ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,7 +233,12 @@ def close(got, want):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"stabilized": True, "rank": 2}, {"pattern": r"layers/\d+/(attention/output|feed_forward/.*)/kernel"}],
+    [
+        {},
+        {"stabilized": True, "rank": 2},
+        {"dora": True},
+        {"pattern": r"layers/\d+/(attention/output|feed_forward/.*)/kernel"},
+    ],
     ids=str,
 )
 def test_peft_computes_the_same_from_our_folder(model, folder, settings, tmp_path):
@@ -273,8 +321,8 @@ def test_layers_that_share_weights_share_their_adapter(model, folder, tmp_path):
         fc.load_adapter(shared, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_pefts_own_folder_loads_here(model, folder, rslora, tmp_path):
+@pytest.mark.parametrize("rslora, dora", [(False, False), (True, False), (False, True)])
+def test_pefts_own_folder_loads_here(model, folder, rslora, dora, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     base = transformers.AutoModel.from_pretrained(folder)
@@ -283,6 +331,7 @@ def test_pefts_own_folder_loads_here(model, folder, rslora, tmp_path):
         lora_alpha=12,
         target_modules=["query", "dense"],
         use_rslora=rslora,
+        use_dora=dora,
         init_lora_weights=False,
         rank_pattern={"attention.self.query": 2},
         alpha_pattern={"0.intermediate.dense": 5},
@@ -361,7 +410,8 @@ def change(folder, **settings):
     "settings, message",
     [
         ({"peft_type": "P_TUNING"}, "adapters of kind 'P_TUNING' are not read"),
-        ({"use_dora": True}, "use_dora True is not supported, only False"),
+        ({"use_dora": True}, "there is lora_A, lora_B, and .* asks for lora_A, lora_B, lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_bias True is not supported, only False"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported, .* the base was changed"),
         ({"r": 5}, "query has rank 3, and adapter_config.json says 5"),

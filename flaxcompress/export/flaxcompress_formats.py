@@ -92,22 +92,40 @@ class LowRank(nn.Module):
 
 
 class Adapted(nn.Module):
-    """W = base + scale·delta, each in a format of its own."""
+    """W = base + scale·delta, each in a format of its own; `magnitude`, where there is one, are its columns' norms."""
 
     def __init__(self, spec, shape, table):
         super().__init__()
         self.scale = spec.get("scale", 1.0)
         self.base = build(spec.get("base"), shape, table)
         self.delta = build(spec.get("delta"), shape, table)
+        self.rows, self.table = shape[0], table
+        self.magnitude = nn.Parameter(torch.zeros(shape[1])) if spec.get("magnitude") else None
+
+    def scaled(self, y):
+        """y with its columns multiplied by magnitude/norm, the norm without a gradient."""
+        if self.magnitude is None:
+            return y
+        with torch.no_grad():
+            device = self.magnitude.device
+            if self.table:
+                every = torch.arange(self.rows, device=device)
+                parts = [take(w, every) for w in (self.base, self.delta)]
+            else:
+                every = torch.eye(self.rows, device=device)
+                parts = [matmul(every, w) for w in (self.base, self.delta)]
+            norm = (parts[0] + self.scale * parts[1]).float().norm(dim=0)
+        return y * (self.magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(y.dtype)
 
     def forward(self, x):
-        return matmul(x, self.base) + self.scale * matmul(x, self.delta)
+        return self.scaled(matmul(x, self.base) + self.scale * matmul(x, self.delta))
 
     def attend(self, x):
+        x = self.scaled(x)
         return attend(x, self.base) + self.scale * attend(x, self.delta)
 
     def take(self, ids):
-        return take(self.base, ids) + self.scale * take(self.delta, ids)
+        return self.scaled(take(self.base, ids) + self.scale * take(self.delta, ids))
 
 
 class Rows(nn.Module):

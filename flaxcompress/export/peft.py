@@ -2,6 +2,7 @@
 
 base_model.model.<module>.lora_A.weight [R, n]   = Aᵀ
 base_model.model.<module>.lora_B.weight [m, R]   = Bᵀ
+base_model.model.<module>.lora_magnitude_vector [m]   of DoRA
 base_model.model.<module of the head>.weight     beside a head, which PEFT saves whole (`modules_to_save`)
 """
 
@@ -43,7 +44,8 @@ _PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")  # initializers th
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "init_lora_weights": _PLAIN,
-    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), (False, None)),
+    "use_dora": (False, None, True),
+    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), (False, None)),
     **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "target_parameters", "arrow_config"), (None, [])),
     **dict.fromkeys(("kasa_config", "monteclora_config", "velora_config"), (None, {})),
 }
@@ -91,7 +93,14 @@ def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Pa
         left, right = (np.asarray(materialize(f), np.float32) for f in (node.delta.left, node.delta.right))
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(left.T)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(right.T)
+        if node.magnitude is not None:
+            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = np.asarray(node.magnitude, np.float32)
         ranks[module], alphas[module] = node.delta.rank, node.scale * node.delta.rank
+    if (magnitudes := sum(node.magnitude is not None for node in found.values())) not in (0, len(found)):
+        raise ValueError(
+            f"export: {magnitudes} of {len(found)} adapters have magnitudes (DoRA), which in a PEFT folder all or none "
+            "have; save the model instead"
+        )
     saved = head_tensors(model, places)
     tensors |= {f"{_PREFIX}{name}": value for name, value in saved.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -110,7 +119,7 @@ def export_peft(model: Model, out: str | Path, *, overwrite: bool = False) -> Pa
         "fan_in_fan_out": False,
         "inference_mode": True,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": magnitudes > 0,
     }
     return write_folder(out, settings, tensors, overwrite=overwrite)
 
@@ -138,7 +147,7 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in storage.Tensors([folder / WEIGHTS]).items():
         plain = name.removeprefix(_PREFIX)
-        lora = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", plain)
+        lora = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", plain)
         if lora is None:
             head[plain] = tensor
         else:
@@ -157,8 +166,10 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
 
 
 def _adapted(node: Any, module: str, pair: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> Adapted:
-    if set(pair) != {"A", "B"}:
-        raise ValueError(f"{folder}: of {module} there is lora_{next(iter(pair))} alone")
+    wanted = {"A", "B", "magnitude_vector"} if settings.get("use_dora") else {"A", "B"}
+    if set(pair) != wanted:
+        there, needed = (", ".join(f"lora_{name}" for name in sorted(names)) for names in (pair, wanted))
+        raise ValueError(f"{folder}: of {module} there is {there}, and {CONFIG} asks for {needed}")
     if isinstance(node, Adapted) or is_on_basis(node):
         raise ValueError(f"{folder}: {module} has an adapter already, or stands on a shared basis; merge it first")
     left, right = pair["A"].T, pair["B"].T
@@ -172,7 +183,12 @@ def _adapted(node: Any, module: str, pair: Mapping[str, Any], settings: Mapping[
         raise ValueError(f"{folder}: {module} has rank {rank}, and {CONFIG} says {expected}")
     alpha = _of_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    return Adapted(base=node, delta=LowRank(left=jnp.asarray(left), right=jnp.asarray(right)), scale=float(scale))
+    magnitude = pair.get("magnitude_vector")
+    if magnitude is not None and magnitude.shape != (m,):
+        raise ValueError(f"{folder}: made for another model: {module} has {m} columns, not {list(magnitude.shape)}")
+    magnitude = None if magnitude is None else jnp.asarray(magnitude)
+    delta = LowRank(left=jnp.asarray(left), right=jnp.asarray(right))
+    return Adapted(base=node, delta=delta, scale=float(scale), magnitude=magnitude)
 
 
 def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

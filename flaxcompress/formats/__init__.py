@@ -1,6 +1,6 @@
 """Weight formats: how a matrix is stored and multiplied. A new format is one file and one import here."""
 
-from flaxcompress.formats.adapted import Adapted, AdaptedSpec
+from flaxcompress.formats.adapted import Adapted, AdaptedSpec, column_norms
 from flaxcompress.formats.banded import Banded, BandedSpec
 from flaxcompress.formats.base import (
     DenseSpec,
@@ -85,6 +85,7 @@ __all__ = [
     "attend",
     "axes",
     "break_even_rank",
+    "column_norms",
     "dense",
     "from_tensors",
     "map_parts",

@@ -2,6 +2,10 @@
 
     y = x·W + s·(x·A)·B,   A [n, R], B [R, m],   s = α/R, or α/√R where it is stabilized (rsLoRA, Kalajdzievski 2023)
 
+With magnitudes it is DoRA (Liu et al. 2024), m [m] learning too, and ‖·‖ being the norm of each column:
+
+    y = m ⊙ x·V/‖V‖,   V = W + s·A·B,   at first m = ‖W‖
+
 W may be in any format: over integers this is QLoRA (Dettmers et al. 2023). PEFT's names are lora_A = Aᵀ, lora_B = Bᵀ.
 """
 
@@ -19,13 +23,13 @@ import numpy as np
 
 from flaxcompress import linalg, tree
 from flaxcompress.config import closest
-from flaxcompress.formats import Adapted, Format, LowRank, materialize, spec_of
+from flaxcompress.formats import Adapted, Format, LowRank, column_norms, materialize, spec_of
 from flaxcompress.model import Model, replace_matrices
 from flaxcompress.nn.bases import is_on_basis
 from flaxcompress.tuning.base import Tuning, register
 
 PATTERN = r"layers/\d+/attention/(query|value)/kernel"  # what Hu et al. adapt
-TRAINABLE = r".*\.delta\..*"  # `fit(…, trainable=TRAINABLE)`
+TRAINABLE = r".*\.(delta\..*|magnitude)"  # `fit(…, trainable=TRAINABLE)`
 INITIALIZERS = ("zero", "pissa", "eva")
 
 
@@ -41,6 +45,7 @@ class Lora(Tuning):
     pattern: str = PATTERN
     stabilized: bool = False
     initializer: Literal["zero", "pissa"] = "zero"
+    dora: bool = False
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
@@ -62,6 +67,7 @@ def with_lora(
     pattern: str = PATTERN,
     stabilized: bool = False,
     initializer: str = "zero",
+    dora: bool = False,
     moments: Mapping[str, Any] | None = None,
     key: jax.Array,
 ) -> Model:
@@ -75,6 +81,8 @@ def with_lora(
         of W, which lacks them from then on (Meng et al. 2024), so that the adapter alone is of no use to others; W must
         be dense. "eva": the rows of Aᵀ the directions of most variance of the kernel's input, B zero (Paischer et al.
         2024).
+      dora: the columns' norms are trained apart from their directions. A forward pass then multiplies W out for its
+        norms, which `merged` spares.
       moments: {address of a linear map: C = E[xᵀx]}, which "eva" needs (`Calibration.input_moments`).
       key: draws A.
 
@@ -104,7 +112,8 @@ def with_lora(
             left, right = (jnp.asarray(f / math.sqrt(scale), jnp.float32) for f in _balanced(factors))
             base = (node - scale * jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)).astype(node.dtype)
         delta = LowRank(left=left, right=right)
-        changes[address] = Adapted(base=base, delta=delta, scale=scale, residual=initializer == "pissa")
+        whole = Adapted(base=base, delta=delta, scale=scale, residual=initializer == "pissa")
+        changes[address] = dataclasses.replace(whole, magnitude=column_norms(materialize(whole))) if dora else whole
     return replace_matrices(model, changes)
 
 
