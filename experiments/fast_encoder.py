@@ -48,7 +48,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import Results, data
+from results import Results, data, fidelity
 
 RESULTS = Results(__file__)
 MIXED = ("multi30k/train.en.gz", "ag_news/train_10k.tsv.gz:text", "wikitext2/train.txt.gz")
@@ -121,20 +121,6 @@ def run(names: list[str], steps: int | None, sentences: int, rounds: int, mixed:
         if out is not None:
             fc.save(small, out / name.replace(" ", "_"))
         RESULTS.keep(key, {**entry, **speed(small, sentences, rounds)})
-
-
-def fidelity(small: Any, original: Any) -> dict[str, float]:
-    """On STS-B dev and train sentences."""
-    import flaxcompress as fc
-
-    dev = fc.evaluate(small, "sts", data=data("stsb/dev.tsv.gz"), reference=original)
-    train = fc.evaluate(small, "sts", data=data("stsb/train.tsv.gz"), reference=original)
-    return {
-        "spearman": round(dev["spearman"], 4),
-        "cosine": round(dev["mean_cosine"], 4),
-        "train_cosine": round(train["mean_cosine"], 4),
-        "train_spearman": round(train["spearman"], 4),
-    }
 
 
 def speed(small: Any, sentences: int, rounds: int) -> dict[str, Any]:

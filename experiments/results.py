@@ -16,6 +16,20 @@ def data(name: str) -> Path:
     return Path(folder) / name
 
 
+def fidelity(small: Any, original: Any) -> dict[str, float]:
+    """Spearman and mean cosine on STS-B dev sentences, and both on its train sentences."""
+    import flaxcompress as fc
+
+    dev = fc.evaluate(small, "sts", data=data("stsb/dev.tsv.gz"), reference=original)
+    train = fc.evaluate(small, "sts", data=data("stsb/train.tsv.gz"), reference=original)
+    return {
+        "spearman": round(dev["spearman"], 4),
+        "cosine": round(dev["mean_cosine"], 4),
+        "train_cosine": round(train["mean_cosine"], 4),
+        "train_spearman": round(train["spearman"], 4),
+    }
+
+
 class Results:
     """{name: entry} in the JSON file beside an experiment.
 

@@ -39,7 +39,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import Results, data
+from results import Results, data, fidelity
 
 RESULTS = Results(__file__)
 MIXED = ("multi30k/train.en.gz", "ag_news/train_10k.tsv.gz:text", "wikitext2/train.txt.gz")
@@ -73,19 +73,6 @@ def compressed(way: dict[str, Any], steps: int) -> tuple[Any, Any, Any]:
     texts = [str(data(file)) for file in MIXED]
     small, report = fc.compress(original, recipe, calibration=texts, key=jax.random.key(0), progress=True)
     return original, small, report
-
-
-def fidelity(small: Any, original: Any) -> dict[str, float]:
-    """On STS-B dev and train sentences."""
-    import flaxcompress as fc
-
-    dev = fc.evaluate(small, "sts", data=data("stsb/dev.tsv.gz"), reference=original)
-    train = fc.evaluate(small, "sts", data=data("stsb/train.tsv.gz"), reference=original)
-    return {
-        "spearman": round(dev["spearman"], 4),
-        "cosine": round(dev["mean_cosine"], 4),
-        "train_cosine": round(train["mean_cosine"], 4),
-    }
 
 
 def choose(names: list[str]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import quick
+from tiny_models import numbered_text, numbered_words
 
 from flaxcompress import tree
 from flaxcompress.compress import (
@@ -22,9 +23,7 @@ from flaxcompress.compress import (
     joint_value_output,
 )
 from flaxcompress.config import Deltas, ModelConfig, Rotary, Sharing
-from flaxcompress.data import CalibrationText
 from flaxcompress.model import Model, abstract_flat
-from flaxcompress.text import Assets, Pooling
 
 D, HEADS, WIDTH = 16, 4, 6
 PLAIN: dict[str, Any] = {
@@ -71,16 +70,12 @@ def tiny(name: str) -> Model:
         else:
             value = 0.3 * value + (1.0 if address.endswith("/scale") else 0.0)
         flat[address] = jnp.asarray(value, jnp.float32)
-    words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(55))])
-    assets = Assets(files=(("vocab.txt", words.encode()),), max_length=16, pooling=Pooling("mean", True))
-    return Model(params=tree.unflatten(flat), config=config, assets=assets)
+    return Model(params=tree.unflatten(flat), config=config, assets=numbered_words(55))
 
 
 @functools.cache
 def calibration() -> Calibration:
-    rng = np.random.default_rng(0)
-    rows = tuple(" ".join(f"w{i}" for i in rng.zipf(1.5, int(n)) % 55) for n in rng.integers(4, 14, 60))
-    return Calibration(CalibrationText(name="words", train=rows, held_out=()), tiny("biased").assets, vocabulary=60)
+    return numbered_text(55, tiny("biased").assets)
 
 
 def run(step, model: Model) -> Model:

@@ -66,7 +66,13 @@ LATE = {
 _PYTORCH = "is the PyTorch side itself: copied into saved folders and run by transformers"
 EVERYWHERE = {
     f"export/{name}.py": _PYTORCH
-    for name in ("modeling_flaxcompress", "flaxcompress_network", "flaxcompress_attention", "flaxcompress_formats")
+    for name in (
+        "modeling_flaxcompress",
+        "flaxcompress_network",
+        "flaxcompress_attention",
+        "flaxcompress_formats",
+        "flaxcompress_decomposed",
+    )
 }
 FRAMEWORKS = ("torch", "transformers", "sentence_transformers", "peft", "onnx", "onnxruntime", "onnxscript", "jax2onnx")
 LOADED_LATE = ("torch", "transformers", "sentence_transformers", "onnx", "onnxruntime", "peft")

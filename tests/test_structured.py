@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import quick
+from tiny_models import numbered_text, numbered_words
 
 import flaxcompress as fc
 from flaxcompress import tree
 from flaxcompress.compress import Calibration, Context
 from flaxcompress.compress.selection import entries, forward_selection, leverage, made_from
 from flaxcompress.config import ModelConfig, Rotary, Sharing
-from flaxcompress.data import CalibrationText
 from flaxcompress.model import Model, abstract_flat
-from flaxcompress.text import Assets, Pooling
 
 D, HEADS, HEAD, F, LAYERS = 16, 4, 6, 32, 3
 PLAIN: dict[str, Any] = {
@@ -51,16 +50,12 @@ def tiny(name: str) -> Model:
     for address, node in abstract_flat(config).items():
         value = rng.normal(size=node.shape) * (0.3 if len(node.shape) == 2 else 0.2)
         flat[address] = jnp.asarray(value + (1.0 if address.endswith("/scale") else 0.0), jnp.float32)
-    words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(55))])
-    assets = Assets(files=(("vocab.txt", words.encode()),), max_length=16, pooling=Pooling("mean", True))
-    return Model(params=tree.unflatten(flat), config=config, assets=assets)
+    return Model(params=tree.unflatten(flat), config=config, assets=numbered_words(55))
 
 
 @functools.cache
 def calibration() -> Calibration:
-    rng = np.random.default_rng(0)
-    rows = tuple(" ".join(f"w{i}" for i in rng.zipf(1.5, int(n)) % 55) for n in rng.integers(4, 14, 60))
-    return Calibration(CalibrationText(name="words", train=rows, held_out=()), tiny("encoder").assets, vocabulary=60)
+    return numbered_text(55, tiny("encoder").assets)
 
 
 def applied(step, model: Model, text: bool = True) -> Model:
@@ -229,6 +224,22 @@ def test_by_activation_the_loudest_entries_of_the_width_stay():
     }
     small = applied(fc.PruneWidth(width=3), changed(model, **scales))
     assert kept_of(small, model, "layers/1/attention/output/kernel", 1) == [2, 7, 11]
+
+
+@pytest.mark.slow
+def test_what_was_made_narrower_heals_by_relations():
+    """Vectors of other widths cannot be compared, which is said; relations fall, and the width stays."""
+    model = tiny("encoder")
+    small, context = applied(fc.PruneWidth(width=12), model), Context(original=model, calibration=calibration())
+    with pytest.raises(ValueError, match=r"use cosine=0, or relations, which may differ in width"):
+        fc.Heal(steps=2, batch=8)(small, context, key=jax.random.key(0))
+    heal = fc.Heal(steps=40, batch=16, cosine=0.0, hidden=0.0, relations=1.0, weights=1e-2, warmup=2)
+    healed = heal(small, context, key=jax.random.key(0))
+    losses = [entry["loss"] for entry in context.healing if entry["step"] > 0]
+    assert healed.config.width == 12
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    with pytest.raises(ValueError, match="calibration text has no labels"):
+        fc.Heal(hard=1.0)
 
 
 # ── in PyTorch, and as stock folders ─────────────────────────────────────────────────────────────────────────────────

@@ -15,11 +15,12 @@ from flaxcompress.data.stream import FragmentStream
 from flaxcompress.model import Model
 from flaxcompress.nn.remat import check_remat
 from flaxcompress.train import Distill, Memory, Rates, fit, make_optimizer
+from flaxcompress.train.objectives.terms import Settings, check_settings, values_of
 
 
 @register_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Heal(Step):
+class Heal(Settings, Step):
     """Distils the original into the compressed model; formats stay, values change.
 
     Integer matrices are trained through rounding: float latents with straight-through gradients and learned scales (see
@@ -29,8 +30,8 @@ class Heal(Step):
       steps: optimizer steps.
       batch: texts per step: sentences and fragments of the calibration text.
       max_length: tokens per text at most.
-      cosine, hidden, logits: weights of the loss terms: 1 - cosine of sentence vectors, hidden-state error relative to
-        the teacher's norm (mean over layers), and KL of masked-LM logits where both models have the head.
+      cosine, hidden, logits, relations, …: weights of the loss terms, and what else they have to set: each is described
+        where its term is (`train/objectives/terms/`). A model that was made narrower heals by relations.
       weights, scales, vectors: learning rates (see `Rates`).
       warmup: steps of linear warm-up before the cosine decay.
       weight_decay: of matrices, relative to their size like their rate (decoupled, as in AdamW).
@@ -45,9 +46,6 @@ class Heal(Step):
     steps: int = 300
     batch: int = 32
     max_length: int = 64
-    cosine: float = 1.0
-    hidden: float = 1.0
-    logits: float = 1.0
     weights: float = 6e-3
     scales: float = 3e-3
     vectors: float = 3e-4
@@ -61,13 +59,14 @@ class Heal(Step):
         for name in ("batch", "max_length", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Heal: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("cosine", "hidden", "logits", "weights", "scales", "vectors", "weight_decay"):
+        check_settings(self, self.name)
+        if self.hard:
+            raise ValueError("Heal: calibration text has no labels; leave hard out, or train with the task's data")
+        for name in ("weights", "scales", "vectors", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Heal: {name} must not be negative, got {getattr(self, name)}")
         if not self.clip > 0:
             raise ValueError(f"Heal: clip must be positive, got {self.clip}")
-        if not (self.cosine or self.hidden or self.logits):
-            raise ValueError("Heal: cosine, hidden and logits are all 0, so there is nothing to learn")
         check_remat(self.remat)
         if self.steps < 0 or self.warmup < 0:
             raise ValueError(f"Heal: steps and warmup must not be negative, got {self.steps} and {self.warmup}")
@@ -94,6 +93,7 @@ class Heal(Step):
             clip=self.clip,
             weight_decay=self.weight_decay,
         )
+        known = tuple(context.layers) if len(context.layers) == model.config.layers else ()
         losses = context.healing
 
         def watch(done: int, values: Mapping[str, float]) -> None:
@@ -110,10 +110,7 @@ class Heal(Step):
             model,
             Distill(
                 teacher=teacher,
-                cosine=self.cosine,
-                hidden=self.hidden,
-                logits=self.logits,
-                layers=tuple(context.layers) if len(context.layers) == model.config.layers else (),
+                **{**values_of(self), "layers": self.layers or known},
             ),
             StepBatches(batch),
             steps=self.steps,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flaxcompress import tree
-from flaxcompress.compress.narrow import check_plain, dense_rules, matrices, narrower
+from flaxcompress.compress.narrow import check_plain, dense_rules, matrices, narrower, with_matrices
 from flaxcompress.compress.step import Context, register_step
 from flaxcompress.compress.structured import StructuredPruning, cut_to
 from flaxcompress.compress.uncompressed import check_uncompressed
@@ -66,5 +64,4 @@ class PruneChannels(StructuredPruning):
             return next(ids for prefix, ids in kept.items() if address.startswith(prefix))
 
         small = cut_to(model, self.plan(model.config), channels)
-        arrays = {address: jnp.asarray(array, jnp.float32) for address, array in fitted.items()}
-        return small.replace(params=tree.replace(small.params, arrays))  # pyright: ignore[reportAttributeAccessIssue]
+        return with_matrices(small, small.config, fitted)

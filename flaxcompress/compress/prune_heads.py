@@ -6,11 +6,10 @@ import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxcompress import tree
-from flaxcompress.compress.narrow import check_plain, dense_rules, matrices, narrower
+from flaxcompress.compress.narrow import check_plain, dense_rules, matrices, narrower, with_matrices
 from flaxcompress.compress.selection import entries
 from flaxcompress.compress.step import Context, register_step
 from flaxcompress.compress.structured import StructuredPruning, cut_to
@@ -86,8 +85,7 @@ class PruneHeads(StructuredPruning):
             )
 
         small = cut_to(model, planned, stay)
-        arrays = {address: jnp.asarray(array, jnp.float32) for address, array in fitted.items()}
-        return small.replace(params=tree.replace(small.params, arrays))  # pyright: ignore[reportAttributeAccessIssue]
+        return with_matrices(small, small.config, fitted)
 
     def _stay(self, outputs, known, config: ModelConfig, planned: ModelConfig) -> np.ndarray:
         """The query heads that stay, rising, of weight sets that keep the same ones."""

@@ -83,6 +83,15 @@ class DistillTerm:
     fits: Callable[[Any, ModelConfig, ModelConfig], bool] = _always
 
 
+def check_width(what: str, term: str, student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises ValueError where student and teacher have different widths, and their vectors cannot be compared."""
+    if teacher.width != student.width:
+        raise ValueError(
+            f"distill: the teacher's {what} have width {teacher.width}, the student's {student.width}: they cannot be "
+            f"compared; use {term}=0, or relations, which may differ in width"
+        )
+
+
 def counted(batch: Mapping[str, Any], x: Float[Array, "B T D"]) -> Bool[Array, "B T"]:
     """The tokens that count: those of the decoder, where there is one, that are no padding."""
     if "packs" in batch:

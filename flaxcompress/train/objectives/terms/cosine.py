@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from flaxcompress.config import ModelConfig
 from flaxcompress.encoding import pool
 from flaxcompress.train.objectives.base import Term
-from flaxcompress.train.objectives.terms.base import DistillTerm, Pair
+from flaxcompress.train.objectives.terms.base import DistillTerm, Pair, check_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,7 @@ def cosine_term(student: Float[Array, "B D"], teacher: Float[Array, "B D"], real
 
 def _fits(settings: Any, student: ModelConfig, teacher: ModelConfig) -> bool:
     del settings
-    if teacher.width != student.width:
-        raise ValueError(
-            f"distill: the teacher's vectors have width {teacher.width}, the student's {student.width}: they "
-            "cannot be compared; use cosine=0"
-        )
+    check_width("vectors", "cosine", student, teacher)
     return True
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from flaxcompress.config import ModelConfig
 from flaxcompress.train.objectives.base import Term
-from flaxcompress.train.objectives.terms.base import DistillTerm, Pair
+from flaxcompress.train.objectives.terms.base import DistillTerm, Pair, check_width
 from flaxcompress.train.objectives.terms.hidden import hidden_term
 
 
@@ -27,11 +27,7 @@ class EmbeddingSettings:
 
 def _fits(settings: Any, student: ModelConfig, teacher: ModelConfig) -> bool:
     del settings
-    if teacher.width != student.width:
-        raise ValueError(
-            f"distill: the teacher's embeddings have width {teacher.width}, the student's {student.width}: they "
-            "cannot be compared; use embeddings=0"
-        )
+    check_width("embeddings", "embeddings", student, teacher)
     return True
 
 
